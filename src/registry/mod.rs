@@ -1,0 +1,5 @@
+//! The registry.
+
+mod record;
+
+pub use record::{CatalogRecord, Origin, Rules, ServerRecord};

@@ -1,0 +1,5 @@
+//! Upstream clients.
+
+mod spec;
+
+pub use spec::{Transport, UpstreamSpec};
