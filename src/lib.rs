@@ -2,9 +2,12 @@
 
 pub mod error;
 pub mod identity;
+pub mod layers;
 pub mod protocol;
 pub mod registry;
 pub mod service;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod upstream;
 
 pub use error::BoxError;

@@ -331,8 +331,10 @@ mod tests {
             let again = RawObject::parse(object.as_bytes().clone()).unwrap();
             prop_assert_eq!(again.len(), expected.len());
             for (k, v) in &expected {
-                prop_assert_eq!(again.get_string(k).as_deref(), Some(v.as_str()));
-                prop_assert_eq!(object.get_string(k).as_deref(), Some(v.as_str()));
+                let found = again.get_string(k).map(Cow::into_owned);
+                prop_assert_eq!(found.as_ref(), Some(v));
+                let found = object.get_string(k).map(Cow::into_owned);
+                prop_assert_eq!(found.as_ref(), Some(v));
             }
         }
     }

@@ -1,0 +1,240 @@
+//! A connection that is made when it is needed, once, and not again too soon.
+//!
+//! Whoever needs the connection first makes it; the others wait for the same attempt. After a failure, everybody is
+//! told the reason at once until the backoff has passed: a dead upstream costs its callers nothing.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::watch, time::Instant};
+
+use crate::{
+    error::{Fault, UpstreamError},
+    protocol::ServerName,
+};
+
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A connection that lived this long was a good one: its end is no reason to wait.
+const PROVEN_AFTER: Duration = Duration::from_secs(10);
+
+/// What a [`Link`] holds.
+pub(crate) trait Connection: Send + Sync + 'static {
+    /// Whether it can take no more requests.
+    fn is_closed(&self) -> bool;
+}
+
+/// At most one connection of one kind.
+pub(crate) struct Link<C> {
+    upstream: ServerName,
+    state: Mutex<State<C>>,
+}
+
+enum State<C> {
+    Idle { failures: u32 },
+    Connecting { outcome: watch::Receiver<Option<Outcome<C>>>, failures: u32 },
+    Up { connection: Arc<C>, since: Instant, failures: u32 },
+    Down { failure: Failure, until: Instant, failures: u32 },
+}
+
+type Outcome<C> = Result<Arc<C>, Failure>;
+
+/// An [`UpstreamError`] that several callers can be told.
+#[derive(Clone)]
+struct Failure {
+    fault: Fault,
+    reason: Arc<str>,
+}
+
+impl<C: Connection> Link<C> {
+    /// No connection yet.
+    pub(crate) fn new(upstream: ServerName) -> Arc<Self> {
+        Arc::new(Link { upstream, state: Mutex::new(State::Idle { failures: 0 }) })
+    }
+
+    /// The connection, made by `connect` when there is none. The attempt goes on when the caller goes away, for
+    /// others may wait for it, and a half-made handshake helps nobody.
+    pub(crate) async fn get<Fut>(
+        self: &Arc<Self>,
+        connect: impl FnOnce() -> Fut,
+    ) -> Result<Arc<C>, UpstreamError>
+    where
+        Fut: Future<Output = Result<C, UpstreamError>> + Send + 'static,
+    {
+        let mut outcome = {
+            let mut state = self.lock();
+            self.settle(&mut state);
+            match &*state {
+                State::Up { connection, .. } => return Ok(connection.clone()),
+                State::Down { failure, .. } => return Err(self.error(failure)),
+                State::Connecting { outcome, .. } => outcome.clone(),
+                State::Idle { failures } => {
+                    let (sender, outcome) = watch::channel(None);
+                    let failures = *failures;
+                    *state = State::Connecting { outcome: outcome.clone(), failures };
+                    let attempt = connect();
+                    let link = self.clone();
+                    tokio::spawn(async move {
+                        sender.send_replace(Some(link.attempted(attempt.await, failures)))
+                    });
+                    outcome
+                }
+            }
+        };
+        let outcome = match outcome.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().expect("waited until it is there"),
+            Err(_) => Err(Failure { fault: Fault::Unreachable, reason: "the attempt was given up".into() }),
+        };
+        outcome.map_err(|failure| self.error(&failure))
+    }
+
+    /// The connection, if there is a live one now.
+    pub(crate) fn current(&self) -> Option<Arc<C>> {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        match &*state {
+            State::Up { connection, .. } => Some(connection.clone()),
+            _ => None,
+        }
+    }
+
+    /// Forgets `connection`, so that the next caller makes a new one at once.
+    pub(crate) fn discard(&self, connection: &Arc<C>) {
+        let mut state = self.lock();
+        if matches!(&*state, State::Up { connection: current, .. } if Arc::ptr_eq(current, connection)) {
+            *state = State::Idle { failures: 0 };
+        }
+    }
+
+    /// Notices what time and the other end have changed.
+    fn settle(&self, state: &mut State<C>) {
+        let now = Instant::now();
+        match state {
+            State::Up { connection, since, failures } if connection.is_closed() => {
+                *state = match now.duration_since(*since) >= PROVEN_AFTER {
+                    true => State::Idle { failures: 0 },
+                    false => down(
+                        Failure { fault: Fault::Lost, reason: "it ended soon after it began".into() },
+                        *failures,
+                    ),
+                };
+            }
+            State::Down { until, failures, .. } if *until <= now => {
+                *state = State::Idle { failures: *failures }
+            }
+            State::Connecting { outcome, failures }
+                if outcome.has_changed().is_err() && outcome.borrow().is_none() =>
+            {
+                *state = State::Idle { failures: *failures };
+            }
+            _ => {}
+        }
+    }
+
+    fn attempted(&self, outcome: Result<C, UpstreamError>, failures: u32) -> Outcome<C> {
+        let mut state = self.lock();
+        match outcome {
+            Ok(connection) => {
+                let connection = Arc::new(connection);
+                *state = State::Up { connection: connection.clone(), since: Instant::now(), failures };
+                Ok(connection)
+            }
+            Err(error) => {
+                let failure = Failure { fault: error.fault, reason: error.source.to_string().into() };
+                *state = down(failure.clone(), failures);
+                Err(failure)
+            }
+        }
+    }
+
+    fn error(&self, failure: &Failure) -> UpstreamError {
+        UpstreamError::new(&self.upstream, failure.fault, &*failure.reason)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State<C>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn down<C>(failure: Failure, failures: u32) -> State<C> {
+    let wait = FIRST_WAIT.saturating_mul(1 << failures.min(10)).min(LONGEST_WAIT);
+    State::Down { failure, until: Instant::now() + wait, failures: failures.saturating_add(1) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Fake(AtomicBool);
+
+    impl Connection for Fake {
+        fn is_closed(&self) -> bool {
+            self.0.load(Ordering::SeqCst)
+        }
+    }
+
+    fn link() -> Arc<Link<Fake>> {
+        Link::new("x".parse().unwrap())
+    }
+
+    async fn refused() -> Result<Fake, UpstreamError> {
+        Err(UpstreamError::new(&"x".parse().unwrap(), Fault::Unreachable, "refused"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everybody_shares_one_attempt() {
+        let (link, attempts) = (link(), Arc::new(AtomicUsize::new(0)));
+        let connect = || {
+            let attempts = attempts.clone();
+            async move {
+                attempts.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                Ok(Fake::default())
+            }
+        };
+        let (a, b) = tokio::join!(link.get(connect), link.get(connect));
+        assert!(Arc::ptr_eq(&a.unwrap(), &b.unwrap()));
+        assert_eq!(attempts.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_failure_the_reason_is_told_at_once_until_it_is_time() {
+        let link = link();
+        assert!(link.get(refused).await.is_err());
+        let error = link.get(|| async { Ok(Fake::default()) }).await.err().unwrap();
+        assert_eq!(error.source.to_string(), "refused");
+        tokio::time::advance(FIRST_WAIT).await;
+        assert!(link.get(|| async { Ok(Fake::default()) }).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crash_loop_backs_off_and_a_long_life_does_not() {
+        let link = link();
+        let connection = link.get(|| async { Ok(Fake::default()) }).await.unwrap();
+        connection.0.store(true, Ordering::SeqCst);
+        assert!(link.get(|| async { Ok(Fake::default()) }).await.is_err());
+        tokio::time::advance(LONGEST_WAIT).await;
+        let connection = link.get(|| async { Ok(Fake::default()) }).await.unwrap();
+        tokio::time::advance(PROVEN_AFTER).await;
+        connection.0.store(true, Ordering::SeqCst);
+        assert!(link.get(|| async { Ok(Fake::default()) }).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_goes_away_does_not_end_the_attempt() {
+        let link = link();
+        let slow = || async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(Fake::default())
+        };
+        let gone = tokio::time::timeout(Duration::from_millis(10), link.get(slow)).await;
+        assert!(gone.is_err());
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(link.current().is_some());
+    }
+}

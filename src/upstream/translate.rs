@@ -1,0 +1,252 @@
+//! What a request looks like to an upstream of either era, and what a legacy upstream's answers look like inside.
+//!
+//! Inside the stack everything is as in MCP 2026-07-28. The functions here are the whole difference.
+
+use bytes::Bytes;
+use futures_util::stream;
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+
+use crate::{
+    identity::Client,
+    protocol::{
+        Frame, FrameStream, McpRequest, Method, Notification, Params, ProtocolVersion, RawObject, RequestId,
+        meta,
+    },
+};
+
+/// Params for a modern upstream: `_meta` carries version, client and capabilities. A modern client wrote them
+/// itself, and then the bytes stay.
+pub(crate) fn modern_params(request: &McpRequest, version: ProtocolVersion) -> Params {
+    let mut params = request.params().clone();
+    let mut m = params.meta().unwrap_or_else(RawObject::empty);
+    let client = &request.caller().client;
+    let before = m.as_bytes().clone();
+    let quoted = format!("\"{version}\"");
+    if m.get(meta::PROTOCOL_VERSION) != Some(&quoted) {
+        m.set(meta::PROTOCOL_VERSION, quoted);
+    }
+    if m.get(meta::CLIENT_INFO).is_none() {
+        if let Some(info) = &client.info {
+            m.set(meta::CLIENT_INFO, text(info));
+        }
+    }
+    if m.get(meta::CLIENT_CAPABILITIES).is_none() {
+        m.set(meta::CLIENT_CAPABILITIES, text(&client.capabilities));
+    }
+    if let (None, Some(level)) = (m.get(meta::LOG_LEVEL), &client.log_level) {
+        m.set(meta::LOG_LEVEL, text(level));
+    }
+    if *m.as_bytes() != before {
+        params.object_mut().set("_meta", m.as_str());
+    }
+    params
+}
+
+/// Params for a legacy upstream: without the `_meta` keys that session knows already.
+pub(crate) fn legacy_params(request: &McpRequest) -> Params {
+    let mut params = request.params().clone();
+    let Some(mut m) = params.meta() else { return params };
+    let before = m.len();
+    for key in [meta::PROTOCOL_VERSION, meta::CLIENT_INFO, meta::CLIENT_CAPABILITIES, meta::LOG_LEVEL] {
+        m.remove(key);
+    }
+    match m.len() {
+        0 => params.object_mut().remove("_meta"),
+        left if left < before => params.object_mut().set("_meta", m.as_str()),
+        _ => {}
+    }
+    params
+}
+
+/// The params of `initialize` for a session on behalf of `client`.
+pub(crate) fn initialize_params(client: &Client) -> Value {
+    let info = client.info.as_deref().and_then(|info| serde_json::from_slice::<Value>(info).ok());
+    let capabilities = serde_json::from_slice::<Value>(&client.capabilities).unwrap_or_else(|_| json!({}));
+    json!({
+        "protocolVersion": ProtocolVersion::LATEST_LEGACY.as_str(),
+        "capabilities": capabilities,
+        "clientInfo": info.unwrap_or_else(|| json!({ "name": "portcullis", "version": env!("CARGO_PKG_VERSION") })),
+    })
+}
+
+/// A legacy `initialize` result as the answer to `server/discover`.
+pub(crate) fn discover_result(initialized: &RawObject) -> Bytes {
+    let version = initialized.get("protocolVersion").unwrap_or("\"2025-11-25\"");
+    let mut result = RawObject::empty();
+    result.set("resultType", "\"complete\"");
+    result.set("supportedVersions", format!("[{version}]"));
+    result.set("capabilities", initialized.get("capabilities").unwrap_or("{}"));
+    if let Some(instructions) = initialized.get("instructions").filter(|text| *text != "null") {
+        result.set("instructions", instructions);
+    }
+    if let Some(info) = initialized.get("serverInfo") {
+        result.set("_meta", format!("{{\"{}\":{info}}}", meta::SERVER_INFO));
+    }
+    result.set("ttlMs", "0");
+    result.set("cacheScope", "\"private\"");
+    result.into_bytes()
+}
+
+/// A whole request as it is written to the wire.
+pub(crate) fn request_json(id: &RequestId, method: &Method, params: &Params) -> Bytes {
+    message(Some(id), method, params)
+}
+
+/// A whole notification as it is written to the wire.
+pub(crate) fn notification_json(method: &Method, params: &Params) -> Bytes {
+    message(None, method, params)
+}
+
+fn message(id: Option<&RequestId>, method: &Method, params: &Params) -> Bytes {
+    let json = params.as_json();
+    let mut out = Vec::with_capacity(json.len() + 96);
+    out.extend_from_slice(br#"{"jsonrpc":"2.0""#);
+    if let Some(id) = id {
+        out.extend_from_slice(br#","id":"#);
+        out.extend_from_slice(id.as_bytes());
+    }
+    out.extend_from_slice(br#","method":"#);
+    match method {
+        // Only a foreign name can need escapes.
+        Method::Other(name) => out.extend_from_slice(json!(**name).to_string().as_bytes()),
+        known => {
+            out.push(b'"');
+            out.extend_from_slice(known.as_str().as_bytes());
+            out.push(b'"');
+        }
+    }
+    if params.is_present() {
+        out.extend_from_slice(br#","params":"#);
+        out.extend_from_slice(json);
+    }
+    out.push(b'}');
+    out.into()
+}
+
+/// The filter of a `subscriptions/listen` request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ListenFilter {
+    pub(crate) tools: bool,
+    pub(crate) prompts: bool,
+    pub(crate) resources: bool,
+    pub(crate) uris: Vec<String>,
+}
+
+impl ListenFilter {
+    /// Reads it from the params.
+    pub(crate) fn of(params: &Params) -> Self {
+        let Some(filter) = params.get_object("notifications") else { return Self::default() };
+        let flag = |key| filter.get(key) == Some("true");
+        ListenFilter {
+            tools: flag("toolsListChanged"),
+            prompts: flag("promptsListChanged"),
+            resources: flag("resourcesListChanged"),
+            uris: filter.get_as("resourceSubscriptions").and_then(Result::ok).unwrap_or_default(),
+        }
+    }
+
+    /// Whether a notification is one the filter asks for.
+    pub(crate) fn wants(&self, notification: &Notification) -> bool {
+        match notification.method {
+            Method::ToolsChanged => self.tools,
+            Method::PromptsChanged => self.prompts,
+            Method::ResourcesChanged => self.resources,
+            Method::ResourceUpdated => {
+                notification.params.get_string("uri").is_some_and(|uri| self.uris.iter().any(|u| **u == *uri))
+            }
+            _ => false,
+        }
+    }
+
+    /// The filter as JSON.
+    pub(crate) fn to_value(&self) -> Value {
+        let mut filter = serde_json::Map::new();
+        for (key, on) in [
+            ("toolsListChanged", self.tools),
+            ("promptsListChanged", self.prompts),
+            ("resourcesListChanged", self.resources),
+        ] {
+            if on {
+                filter.insert(key.to_owned(), Value::Bool(true));
+            }
+        }
+        if !self.uris.is_empty() {
+            filter.insert("resourceSubscriptions".to_owned(), json!(self.uris));
+        }
+        Value::Object(filter)
+    }
+
+    /// The first message of the stream: what is honoured.
+    pub(crate) fn acknowledged(&self) -> Notification {
+        let params = Params::from_value(&json!({ "notifications": self.to_value() }));
+        Notification { method: Method::Acknowledged, params }
+    }
+}
+
+/// The answer of a legacy upstream to `subscriptions/listen`: its unsolicited notifications, as far as wanted. The
+/// stream ends when the connection does. Whoever falls behind misses notifications, not the newest ones: all of
+/// them say "look again", so the last is as good as all.
+pub(crate) fn listen_stream(
+    filter: ListenFilter,
+    notifications: broadcast::Receiver<Notification>,
+) -> FrameStream {
+    let first = Frame::Notification(filter.acknowledged());
+    let rest = stream::unfold((filter, notifications), |(filter, mut notifications)| async move {
+        loop {
+            match notifications.recv().await {
+                Ok(n) if filter.wants(&n) => {
+                    return Some((Ok(Frame::Notification(n)), (filter, notifications)));
+                }
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    });
+    use futures_util::StreamExt as _;
+    Box::pin(stream::iter([Ok(first)]).chain(rest))
+}
+
+/// JSON bytes that were text before.
+pub(crate) fn text(json: &Bytes) -> &str {
+    std::str::from_utf8(json).expect("JSON that was parsed is UTF-8")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(params: Value) -> McpRequest {
+        McpRequest::new(Method::ToolsCall, Params::from_value(&params))
+    }
+
+    #[test]
+    fn a_modern_clients_params_stay_the_bytes_they_were() {
+        let text = r#"{"name":"a", "x":1e400,"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientInfo":{},"io.modelcontextprotocol/clientCapabilities":{}}}"#;
+        let request = McpRequest::new(Method::ToolsCall, Params::parse(text.into()).unwrap());
+        assert_eq!(modern_params(&request, ProtocolVersion::LATEST).as_str(), text);
+    }
+
+    #[test]
+    fn a_legacy_clients_params_gain_the_context() {
+        let params = modern_params(&request(json!({ "name": "a" })), ProtocolVersion::LATEST);
+        let m = params.meta().unwrap();
+        assert_eq!(m.get(meta::PROTOCOL_VERSION), Some("\"2026-07-28\""));
+        assert_eq!(m.get(meta::CLIENT_CAPABILITIES), Some("{}"));
+    }
+
+    #[test]
+    fn a_legacy_upstream_sees_no_modern_keys() {
+        let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28", "progressToken": 7 });
+        let params = legacy_params(&request(json!({ "name": "a", "_meta": m })));
+        assert_eq!(params.as_str(), r#"{"_meta":{"progressToken":7},"name":"a"}"#);
+        let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28" });
+        assert_eq!(legacy_params(&request(json!({ "name": "a", "_meta": m }))).as_str(), r#"{"name":"a"}"#);
+    }
+
+    #[test]
+    fn foreign_method_names_are_escaped() {
+        let json = request_json(&RequestId::from(1), &Method::from("a\"b"), &Params::default());
+        assert_eq!(&json[..], br#"{"jsonrpc":"2.0","id":1,"method":"a\"b"}"#);
+    }
+}
