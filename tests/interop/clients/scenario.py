@@ -246,7 +246,7 @@ async def time_convert(scene):
 async def fixture_structured(scene):
     said = f"structured {uuid4()}"
     result = await scene.call("fixture", "echo", {"message": said})
-    assert said in json.dumps(result.structured_content), f"structuredContent is {result.structured_content}"
+    equal(result.structured_content, {"message": said})
 
 
 @check("fixture-text", upstream="fixture")
