@@ -66,13 +66,15 @@ impl<S: McpService> Service<McpRequest> for Paginate<S> {
     }
 
     fn call(&mut self, request: McpRequest) -> Self::Future {
-        if ItemKind::of(request.method()).is_none() {
-            return PaginateFuture::Pass { inner: self.inner.call(request) };
-        }
-        match cursor(&request) {
-            Ok(cursor) => PaginateFuture::Cut { inner: self.inner.call(request), cursor, size: self.size },
-            Err(error) => PaginateFuture::Refused { error: Some(error) },
-        }
+        let state = if ItemKind::of(request.method()).is_none() {
+            State::Pass { inner: self.inner.call(request) }
+        } else {
+            match cursor(&request) {
+                Ok(cursor) => State::Cut { inner: self.inner.call(request), cursor, size: self.size },
+                Err(error) => State::Refused { error: Some(error) },
+            }
+        };
+        PaginateFuture { state }
     }
 }
 
@@ -89,29 +91,21 @@ fn cursor(request: &McpRequest) -> Result<Option<Cursor>, InvalidParams> {
 
 pin_project! {
     /// Made by [`Paginate`].
+    pub struct PaginateFuture<F> {
+        #[pin]
+        state: State<F>,
+    }
+}
+
+pin_project! {
     #[project = Projected]
-    pub enum PaginateFuture<F> {
-        /// Not a list.
-        Pass {
-            /// The rest of the stack.
-            #[pin]
-            inner: F,
-        },
-        /// A list to cut.
-        Cut {
-            /// The rest of the stack.
-            #[pin]
-            inner: F,
-            /// Where to begin.
-            cursor: Option<Cursor>,
-            /// How many.
-            size: usize,
-        },
-        /// A cursor that is none.
-        Refused {
-            /// Why.
-            error: Option<InvalidParams>,
-        },
+    enum State<F> {
+        // Not a list.
+        Pass { #[pin] inner: F },
+        // A list to cut.
+        Cut { #[pin] inner: F, cursor: Option<Cursor>, size: usize },
+        // A cursor that is none.
+        Refused { error: Option<InvalidParams> },
     }
 }
 
@@ -123,7 +117,7 @@ where
     type Output = Result<McpResponse, BoxError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project() {
+        match self.project().state.project() {
             Projected::Pass { inner } => inner.poll(cx).map_err(Into::into),
             Projected::Refused { error } => {
                 Poll::Ready(Err(error.take().expect("a future is not polled after it is done").into()))

@@ -76,10 +76,10 @@ impl<S: McpService> Service<McpRequest> for Access<S> {
 
     fn call(&mut self, mut request: McpRequest) -> Self::Future {
         match self.gate.admit(&mut request) {
-            Err(refusal) => AccessFuture::Refused { refusal: Some(refusal) },
+            Err(refusal) => AccessFuture { state: State::Refused { refusal: Some(refusal) } },
             Ok(()) => {
                 let gate = ItemKind::of(request.method()).map(|_| self.gate.clone());
-                AccessFuture::Admitted { inner: self.inner.call(request), gate }
+                AccessFuture { state: State::Admitted { inner: self.inner.call(request), gate } }
             }
         }
     }
@@ -153,21 +153,19 @@ impl Gate {
 
 pin_project! {
     /// Made by [`Access`].
+    pub struct AccessFuture<F> {
+        #[pin]
+        state: State<F>,
+    }
+}
+
+pin_project! {
     #[project = Projected]
-    pub enum AccessFuture<F> {
-        /// Not for this caller.
-        Refused {
-            /// Why.
-            refusal: Option<BoxError>,
-        },
-        /// For this caller; `gate` when there is a list to filter.
-        Admitted {
-            /// The rest of the stack.
-            #[pin]
-            inner: F,
-            /// Filters the list, when one was asked for.
-            gate: Option<Arc<Gate>>,
-        },
+    enum State<F> {
+        // Not for this caller.
+        Refused { refusal: Option<BoxError> },
+        // For this caller; `gate` when there is a list to filter.
+        Admitted { #[pin] inner: F, gate: Option<Arc<Gate>> },
     }
 }
 
@@ -179,7 +177,7 @@ where
     type Output = Result<McpResponse, BoxError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project() {
+        match self.project().state.project() {
             Projected::Refused { refusal } => {
                 Poll::Ready(Err(refusal.take().expect("a future is not polled after it is done")))
             }
