@@ -44,6 +44,18 @@ impl fmt::Display for InvalidParams {
 
 impl Error for InvalidParams {}
 
+/// A header does not say what the body says (MCP 2026-07-28, streamable HTTP, server validation).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderMismatch(pub String);
+
+impl fmt::Display for HeaderMismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Header mismatch: {}", self.0)
+    }
+}
+
+impl Error for HeaderMismatch {}
+
 /// The answer did not come in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Elapsed {

@@ -1,6 +1,7 @@
 //! Portcullis
 
 pub mod error;
+pub mod gateway;
 pub mod identity;
 pub mod layers;
 pub mod protocol;

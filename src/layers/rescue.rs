@@ -19,7 +19,7 @@ use tower::{Layer, Service};
 
 use crate::{
     BoxError, McpService,
-    error::{Elapsed, InvalidParams, Overloaded, Unimplemented, Unknown, UpstreamError},
+    error::{Elapsed, HeaderMismatch, InvalidParams, Overloaded, Unimplemented, Unknown, UpstreamError},
     protocol::{Frame, HttpHint, McpRequest, McpResponse, Method, Payload, RpcError, Target, code},
 };
 
@@ -186,6 +186,9 @@ impl Verdict {
         }
         if let Some(e) = find::<InvalidParams>(error) {
             return Verdict::refusal(code::INVALID_PARAMS, StatusCode::OK, e.to_string());
+        }
+        if let Some(e) = find::<HeaderMismatch>(error) {
+            return Verdict::refusal(code::HEADER_MISMATCH, StatusCode::BAD_REQUEST, e.to_string());
         }
         if let Some(e) = find::<Overloaded>(error) {
             let details = json!({ "limit": e.limit });

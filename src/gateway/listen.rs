@@ -1,0 +1,121 @@
+//! `subscriptions/listen`: changes of the merged lists, told by the gateway itself, and updates of resources, told
+//! by whoever has them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use futures_util::{StreamExt as _, future, stream};
+use serde_json::json;
+use tower::ServiceExt as _;
+
+use super::{Shared, view::View};
+use crate::{
+    protocol::{
+        Frame, FrameStream, ItemKind, McpRequest, Method, Notification, Params, Payload, ServerName, Target,
+    },
+    upstream::translate::ListenFilter,
+};
+
+/// The answer to a subscription: acknowledged first, then what happens, without end.
+pub(super) async fn listen(shared: &Arc<Shared>, request: &McpRequest) -> FrameStream {
+    let view = shared.view.load_full();
+    let asked = ListenFilter::of(request.params());
+    let honoured = ListenFilter {
+        tools: asked.tools,
+        prompts: asked.prompts && view.offers("prompts"),
+        resources: asked.resources && view.offers("resources"),
+        uris: Vec::new(),
+    };
+    let (uris, updates) = resource_updates(&view, request, &asked.uris).await;
+    let honoured = ListenFilter { uris, ..honoured };
+    let first = stream::iter([Ok(Frame::Notification(honoured.acknowledged()))]);
+    let changes = list_changes(shared, honoured, view);
+    Box::pin(first.chain(stream::select(changes, stream::select_all(updates))))
+}
+
+/// One notification for each list that is not what it was.
+fn list_changes(shared: &Arc<Shared>, filter: ListenFilter, seen: Arc<View>) -> FrameStream {
+    // The stream must not keep the gateway alive: a gateway that is dropped ends its streams.
+    let (weak, revision) = (Arc::downgrade(shared), shared.revision.subscribe());
+    let changes = stream::unfold((revision, seen), move |(mut revision, seen)| {
+        let (weak, filter) = (weak.clone(), filter.clone());
+        async move {
+            revision.changed().await.ok()?;
+            let now = weak.upgrade()?.view.load_full();
+            let frames: Vec<_> = changed(&seen, &now, &filter)
+                .map(|method| Ok(Frame::Notification(Notification { method, params: Params::default() })))
+                .collect();
+            Some((stream::iter(frames), (revision, now)))
+        }
+    });
+    Box::pin(changes.flatten())
+}
+
+fn changed(seen: &View, now: &View, filter: &ListenFilter) -> impl Iterator<Item = Method> + use<> {
+    let differs = |kind: ItemKind| !seen.list(kind).is_same(now.list(kind));
+    [
+        (filter.tools && differs(ItemKind::Tools), Method::ToolsChanged),
+        (filter.prompts && differs(ItemKind::Prompts), Method::PromptsChanged),
+        (
+            filter.resources && (differs(ItemKind::Resources) || differs(ItemKind::Templates)),
+            Method::ResourcesChanged,
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(told, method)| told.then_some(method))
+}
+
+/// One subscription at each upstream that has some of the resources. An upstream that has none to give is left out
+/// of the acknowledgement.
+async fn resource_updates(
+    view: &View,
+    request: &McpRequest,
+    uris: &[String],
+) -> (Vec<String>, Vec<FrameStream>) {
+    let mut by_server: BTreeMap<ServerName, Vec<(String, String)>> = BTreeMap::new();
+    for uri in uris {
+        if let Some(route) = view.find(&Target::Resource(uri.as_str().into())) {
+            by_server.entry(route.server).or_default().push((route.own.to_string(), uri.clone()));
+        }
+    }
+    let opened = by_server.into_iter().map(|(server, uris)| async move {
+        let own: Vec<&str> = uris.iter().map(|(own, _)| own.as_str()).collect();
+        let filter = json!({ "notifications": { "resourceSubscriptions": own } });
+        let mut inner = McpRequest::new(Method::Listen, Params::from_value(&filter))
+            .with_caller(request.caller().clone());
+        *inner.extensions_mut() = request.extensions().clone();
+        let service = view.upstream(&server)?;
+        match service.oneshot(inner).await {
+            Ok(response) => match response.into_payload() {
+                Payload::Stream(frames) => Some((uris, frames)),
+                _ => None,
+            },
+            Err(error) => {
+                tracing::debug!(%server, %error, "cannot subscribe to resources");
+                None
+            }
+        }
+    });
+    let mut honoured = Vec::new();
+    let mut streams: Vec<FrameStream> = Vec::new();
+    for (uris, frames) in future::join_all(opened).await.into_iter().flatten() {
+        honoured.extend(uris.iter().map(|(_, exposed)| exposed.clone()));
+        streams.push(Box::pin(frames.filter_map(move |frame| {
+            future::ready(frame.ok().and_then(|frame| updated(frame, &uris)).map(Ok))
+        })));
+    }
+    (honoured, streams)
+}
+
+/// An update under the URI the client knows. Whatever else comes along that stream is the gateway's to tell.
+fn updated(frame: Frame, uris: &[(String, String)]) -> Option<Frame> {
+    let Frame::Notification(mut notification) = frame else { return None };
+    if notification.method != Method::ResourceUpdated {
+        return None;
+    }
+    let own = notification.params.get_string("uri")?.into_owned();
+    let (_, exposed) = uris.iter().find(|(theirs, _)| *theirs == own)?;
+    if *exposed != own {
+        notification.params.object_mut().set("uri", json!(exposed).to_string());
+    }
+    Some(Frame::Notification(notification))
+}
