@@ -1,5 +1,6 @@
 //! Upstream clients.
 
+pub mod secret;
 mod spec;
 
 pub use spec::{Transport, UpstreamSpec};
