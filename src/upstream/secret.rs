@@ -150,8 +150,8 @@ fn pieces(mut rest: &str) -> impl Iterator<Item = Result<Piece<'_>, Unresolved>>
 
 fn next_piece(text: &str) -> (Result<Piece<'_>, Unresolved>, &str) {
     // `$${` first: what follows the escaped dollar is plain text.
-    if text.starts_with("$${") {
-        return (Ok(Piece::Text("${")), &text[3..]);
+    if let Some(after) = text.strip_prefix("$${") {
+        return (Ok(Piece::Text("${")), after);
     }
     if let Some(inner) = text.strip_prefix("${") {
         return match inner.split_once('}') {
