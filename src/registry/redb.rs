@@ -24,6 +24,7 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
 };
 
@@ -58,8 +59,12 @@ impl RedbBackend {
         if !path.try_exists().map_err(at(&path))? {
             create(dir, &path)?;
         }
-        let database = open_file(dir, &path)?;
-        let revision = initialise(&database, &path)?;
+        let (database, revision) = without_panic(&path, || {
+            let database = open_file(dir, &path)?;
+            let revision = initialise(&database, &path)?;
+            read_through(&database)?;
+            Ok((database, revision))
+        })?;
         Ok(RedbBackend { database, path, revision: watch::Sender::new(revision) })
     }
 
@@ -185,6 +190,24 @@ fn make_tables(database: &Database) -> Result<u64, BackendError> {
     transaction.open_table(META).map_err(storage)?.insert(FORMAT_KEY, FORMAT).map_err(storage)?;
     transaction.commit().map_err(storage)?;
     Ok(0)
+}
+
+/// Reads every record once, so that damage shows at the start and not in the middle of the work.
+fn read_through(database: &Database) -> Result<(), BackendError> {
+    let records = database.begin_read().map_err(storage)?.open_table(RECORDS).map_err(storage)?;
+    for entry in records.iter().map_err(storage)? {
+        let (key, value) = entry.map_err(storage)?;
+        let _ = (key.value(), value.value());
+    }
+    Ok(())
+}
+
+/// redb asserts what a damaged file can break; to its owner a damaged file is an error like any other.
+fn without_panic<T>(path: &Path, open: impl FnOnce() -> Result<T, BackendError>) -> Result<T, BackendError> {
+    panic::catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| {
+        let source = "its pages contradict each other".into();
+        Err(BackendError::Damaged { path: path.to_owned(), source })
+    })
 }
 
 // === files ===
@@ -443,6 +466,23 @@ mod tests {
         }
         fs::write(&path, &whole).unwrap();
         assert_eq!(open(dir.path()).get("a").unwrap().unwrap().value, "1");
+    }
+
+    #[test]
+    fn opening_a_file_with_flipped_bits_does_not_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        one_record(dir.path());
+        let whole = fs::read(dir.path().join(FILE)).unwrap();
+        for at in (0..whole.len()).step_by(61).take(120) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut flipped = whole.clone();
+            flipped[at] ^= 0xa5;
+            fs::write(dir.path().join(FILE), &flipped).unwrap();
+            // What the flip did not hinder from opening may still hinder redb from closing.
+            if let Ok(backend) = RedbBackend::open(dir.path()) {
+                std::mem::forget(backend);
+            }
+        }
     }
 
     #[test]
