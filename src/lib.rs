@@ -1,5 +1,7 @@
 //! Portcullis
 
+#[cfg(feature = "daemon")]
+pub mod config;
 pub mod error;
 pub mod gateway;
 pub mod identity;

@@ -24,6 +24,13 @@ pub struct ServerRecord {
     pub origin: Origin,
 }
 
+impl ServerRecord {
+    /// A server that takes part, of which everything may be seen, added by hand.
+    pub fn new(name: ServerName, spec: UpstreamSpec) -> Self {
+        ServerRecord { name, spec, enabled: true, rules: Rules::default(), origin: Origin::default() }
+    }
+}
+
 /// Globs over an upstream's tools, prompts and resources: `deny` always wins.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rules {
@@ -36,7 +43,7 @@ pub struct Rules {
 }
 
 /// Which pen wrote a record. A config file owns the records it wrote: one that is gone from the file goes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// The command line or the control socket.
