@@ -1,6 +1,8 @@
 //! Portcullis
 
 #[cfg(feature = "daemon")]
+pub mod app;
+#[cfg(feature = "daemon")]
 pub mod config;
 pub mod error;
 pub mod gateway;
@@ -9,6 +11,7 @@ pub mod layers;
 pub mod protocol;
 pub mod registry;
 pub mod service;
+pub mod stack;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod upstream;

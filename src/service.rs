@@ -47,13 +47,18 @@ impl BoxMcpLayer {
     {
         BoxMcpLayer(std::sync::Arc::new(move |inner| layer.layer(inner).boxed_mcp()))
     }
+
+    /// From a function that puts something around a service.
+    pub fn from_fn(wrap: impl Fn(BoxMcpService) -> BoxMcpService + Send + Sync + 'static) -> Self {
+        BoxMcpLayer(std::sync::Arc::new(wrap))
+    }
 }
 
-impl Layer<BoxMcpService> for BoxMcpLayer {
+impl<S: McpService> Layer<S> for BoxMcpLayer {
     type Service = BoxMcpService;
 
-    fn layer(&self, inner: BoxMcpService) -> BoxMcpService {
-        (self.0)(inner)
+    fn layer(&self, inner: S) -> BoxMcpService {
+        (self.0)(inner.boxed_mcp())
     }
 }
 
