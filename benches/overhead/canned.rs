@@ -73,7 +73,8 @@ impl Profile {
 
     /// Reads a path written by [`Profile::path`].
     pub(crate) fn from_path(path: &str) -> anyhow::Result<Profile> {
-        let name = path.strip_prefix('/').and_then(|p| p.strip_suffix("/mcp")).context("not a profile path")?;
+        let name =
+            path.strip_prefix('/').and_then(|p| p.strip_suffix("/mcp")).context("not a profile path")?;
         let mut parts = name.splitn(4, '.');
         let mut next = || parts.next().context("a profile has four parts");
         let era = match next()? {
@@ -167,7 +168,9 @@ fn definition(name: &str) -> Value {
 }
 
 fn small_text() -> String {
-    format!("{MARKER}: 3 documents found, the newest from 2026-07-28, none of them restricted. Ask for one by its number.")
+    format!(
+        "{MARKER}: 3 documents found, the newest from 2026-07-28, none of them restricted. Ask for one by its number."
+    )
 }
 
 fn large_text() -> String {

@@ -40,7 +40,13 @@ pub(crate) fn all(quick: bool) -> Vec<Case> {
         each(&mut cases, fleet(era, 1, 100), era, Work::List, None);
         each(&mut cases, fleet(era, 1, 1000), era, Work::List, None);
     }
-    each(&mut cases, Fleet { hidden: 100, ..fleet(Era::Modern, 1, 1000) }, Era::Modern, Work::List, Some(0.5));
+    each(
+        &mut cases,
+        Fleet { hidden: 100, ..fleet(Era::Modern, 1, 1000) },
+        Era::Modern,
+        Work::List,
+        Some(0.5),
+    );
     each(&mut cases, Fleet { hidden: 2, ..fleet(Era::Modern, 50, 20) }, Era::Modern, Work::List, Some(0.5));
     cases.retain(|case| !quick || (case.connections == USUAL && case.fleet.tools != 100));
     cases
@@ -62,7 +68,9 @@ impl Case {
             Work::Small => "small call".to_owned(),
             Work::Large => "100 KiB result".to_owned(),
             Work::List if fleet.hidden == 0 => format!("list of {} tools", fleet.visible()),
-            Work::List => format!("filtered list of {} tools, {} upstreams", fleet.visible(), fleet.upstreams),
+            Work::List => {
+                format!("filtered list of {} tools, {} upstreams", fleet.visible(), fleet.upstreams)
+            }
         };
         let eras = match client == fleet.era {
             true => client.to_string(),

@@ -59,30 +59,30 @@ pub(crate) async fn sessions(stage: &Stage, plan: Plan) -> anyhow::Result<Sessio
     let count = if plan.quick { 1_000 } else { 10_000 };
     let endpoint = with.endpoint(Era::Legacy);
     // The first hundred pay for what is paid once.
-    open_sessions(&endpoint, 100).await?;
+    let first = 100;
+    open_sessions(&endpoint, first).await?;
     let before = measure::rss(with.process.pid())?;
-    open_sessions(&endpoint, count).await.context("opening idle sessions")?;
+    open_sessions(&endpoint, count - first).await.context("opening idle sessions")?;
     let after = measure::rss(with.process.pid())?;
-    let bytes_each = after.saturating_sub(before) as f64 / count as f64;
+    let bytes_each = after.saturating_sub(before) as f64 / (count - first) as f64;
     let calls = calls(stage, &without, &with, plan).await?;
     Ok(Sessions { count, bytes_each, calls })
 }
 
 async fn calls(stage: &Stage, small: &Gateway, big: &Gateway, plan: Plan) -> anyhow::Result<Comparison> {
-    let small = side(stage, small).await?;
-    let big = side(stage, big).await?;
-    rounds::compare(stage, small, big, plan).await
+    rounds::compare(stage, side(stage, small), side(stage, big), plan).await
 }
 
 /// Small calls by clients of the fleet's own era.
-async fn side(stage: &Stage, gateway: &Gateway) -> anyhow::Result<Side> {
+fn side(stage: &Stage, gateway: &Gateway) -> Side {
     let case = Case::new(gateway.fleet, gateway.fleet.era, Work::Small, USUAL, None);
-    Side::of_gateway(stage, gateway, &gateway.endpoint(case.client), &case).await
+    Side::of_gateway(stage, gateway, &case)
 }
 
 async fn open_sessions(endpoint: &Endpoint, count: usize) -> anyhow::Result<()> {
     let share = |opener: usize| count / OPENERS + usize::from(opener < count % OPENERS);
-    let openers: FuturesUnordered<_> = (0..OPENERS).map(|opener| opener_of(endpoint, share(opener))).collect();
+    let openers: FuturesUnordered<_> =
+        (0..OPENERS).map(|opener| opener_of(endpoint, share(opener))).collect();
     openers.try_collect().await
 }
 

@@ -46,6 +46,7 @@ pub(crate) struct Errand {
 pub(crate) struct Connection {
     wire: Wire,
     request: Request,
+    goodbye: Option<Request>,
     next_id: u64,
     usual: usize,
 }
@@ -139,7 +140,17 @@ impl Connection {
         let checked = message.map_err(anyhow::Error::from).and_then(|message| want.check(&message));
         checked.with_context(|| format!("{} was answered with {answer}", ask.method()))?;
         let usual = answer.body.len();
-        Ok(Connection { wire, request, next_id: FIRST_ID + 1, usual })
+        let goodbye = session.map(|session| Request::goodbye(endpoint, &session));
+        Ok(Connection { wire, request, goodbye, next_id: FIRST_ID + 1, usual })
+    }
+
+    /// Ends the session, if there is one: ours shall not pile up in a gateway that serves many cases.
+    pub(crate) async fn close(mut self) -> anyhow::Result<()> {
+        if let Some(mut goodbye) = self.goodbye {
+            let answer = self.wire.exchange(goodbye.with_id(FIRST_ID)).await?;
+            ensure!(matches!(answer.status, 200 | 202 | 204), "DELETE was answered with {answer}");
+        }
+        Ok(())
     }
 
     async fn run(&mut self, until: Instant) -> anyhow::Result<Vec<Duration>> {

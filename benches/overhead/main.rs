@@ -128,7 +128,9 @@ async fn cases(stage: &Stage, args: &Args, report: &mut Report) {
         tell(&format!("{}, {} connections", case.title, case.connections));
         match bounded(compare(stage, &mut current, case, args.plan)).await {
             Ok(measured) => report.cost(case, &measured),
-            Err(error) => report.failure(&format!("{}, {} connections", case.title, case.connections), &error),
+            Err(error) => {
+                report.failure(&format!("{}, {} connections", case.title, case.connections), &error)
+            }
         }
     }
 }
@@ -176,7 +178,7 @@ impl Args {
             markdown: false,
             only: String::new(),
             subject: Subject::Gateway(PathBuf::from(env!("CARGO_BIN_EXE_portcullis"))),
-            plan: Plan { rounds: 5, window: Duration::from_secs(1), quick: false },
+            plan: Plan { rounds: 9, window: Duration::from_millis(500), quick: false },
         };
         let mut words = words.into_iter();
         while let Some(word) = words.next() {

@@ -62,6 +62,8 @@ impl Process {
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .arg("--data-dir")
             .arg(folder.join("data"))
+            // The default is what is measured, not what somebody's shell asks for.
+            .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -51,7 +51,9 @@ impl Ask {
 
     fn params(&self) -> Value {
         match self {
-            Ask::Call(name) => json!({ "name": name, "arguments": { "query": "minutes of March", "limit": 10 } }),
+            Ask::Call(name) => {
+                json!({ "name": name, "arguments": { "query": "minutes of March", "limit": 10 } })
+            }
             Ask::List | Ask::Initialized => json!({}),
             Ask::Initialize => json!({
                 "protocolVersion": LEGACY,
@@ -82,6 +84,16 @@ impl Request {
         let id = format!("\"id\":{FIRST_ID}");
         let id_at = memmem::find(&bytes, id.as_bytes()).map(|at| at + id.len() - ID_DIGITS);
         Request { bytes, id_at }
+    }
+
+    /// Ends `session`.
+    pub(crate) fn goodbye(endpoint: &Endpoint, session: &str) -> Request {
+        let Endpoint { port, path } = endpoint;
+        let bytes = format!(
+            "DELETE {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nMCP-Protocol-Version: {LEGACY}\r\n\
+             Mcp-Session-Id: {session}\r\n\r\n"
+        );
+        Request { bytes: bytes.into_bytes(), id_at: None }
     }
 
     /// The bytes, carrying `id` if this request carries one.

@@ -1,8 +1,9 @@
 //! Two sides take turns under the same load; what counts is the median of their ratios.
 //!
 //! Interleaving is what makes the numbers worth something on a busy machine: whatever disturbs one side
-//! disturbs the other half a second later. Around every window the upstream's counters are read, and a
-//! wrong count is an error, however fast it was.
+//! disturbs the other half a second later. Every window has connections of its own: on which of two workers
+//! a connection lands decides much of what it costs, and that shall not stay the same for a whole run.
+//! Around every window the upstream's counters are read, and a wrong count is an error, however fast it was.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use crate::cases::Case;
 use crate::load::{self, Connection, Errand};
 use crate::measure::{Cpu, median, percentile};
 use crate::request::{Ask, Endpoint};
-use crate::stage::{Gateway, Stage};
+use crate::stage::{Gateway, Stage, Subject};
 
 /// How long and how often.
 #[derive(Clone, Copy, Debug)]
@@ -23,11 +24,11 @@ pub(crate) struct Plan {
     pub(crate) quick: bool,
 }
 
-/// One of the two compared: a process, the connections to it, and what it may ask of the upstream.
+/// One of the two compared: a process, an errand per connection, and what it may ask of the upstream.
 pub(crate) struct Side {
     name: &'static str,
     pid: u32,
-    connections: Vec<Connection>,
+    errands: Vec<Errand>,
     method: &'static str,
     upstream_requests: u64,
 }
@@ -69,22 +70,18 @@ pub(crate) async fn against_blind(
     let path = case.fleet.as_seen(case.client).path();
     let blind = Endpoint { port: stage.blind.port(), path };
     // Behind the blind proxy stands a single upstream, so all its tools have the first one's prefix.
-    let blind = Side::open("blind", stage.blind.pid(), &blind, case, |_| case.ask(0), |_| 1).await?;
-    let endpoint = gateway.endpoint(case.client);
-    let ours = Side::of_gateway(stage, gateway, &endpoint, case).await?;
+    let blind = Side::new("blind", stage.blind.pid(), &blind, case, |_| case.ask(0), |_| 1);
+    let ours = Side::of_gateway(stage, gateway, case);
     compare(stage, blind, ours, plan).await
 }
 
 /// Lets both sides take turns, changing who goes first.
 pub(crate) async fn compare(
     stage: &Stage,
-    mut first: Side,
-    mut second: Side,
+    first: Side,
+    second: Side,
     plan: Plan,
 ) -> anyhow::Result<Comparison> {
-    for side in [&mut first, &mut second] {
-        load::run(&mut side.connections, plan.window / 4).await?;
-    }
     let (mut ones, mut others) = (Vec::new(), Vec::new());
     for round in 0..plan.rounds {
         if round % 2 == 0 {
@@ -105,46 +102,52 @@ pub(crate) async fn compare(
 
 impl Side {
     /// A side that puts the case's load on `gateway`.
-    pub(crate) async fn of_gateway(
-        stage: &Stage,
-        gateway: &Gateway,
-        endpoint: &Endpoint,
-        case: &Case,
-    ) -> anyhow::Result<Side> {
+    pub(crate) fn of_gateway(stage: &Stage, gateway: &Gateway, case: &Case) -> Side {
+        let endpoint = gateway.endpoint(case.client);
         let ask = |index| match stage.subject {
-            crate::stage::Subject::Gateway(_) => case.ask(index),
-            crate::stage::Subject::Blind => case.ask(0),
+            Subject::Gateway(_) => case.ask(index),
+            Subject::Blind => case.ask(0),
         };
         let allowed = |ask: &Ask| stage.upstream_requests_for(ask);
-        Side::open("portcullis", gateway.process.pid(), endpoint, case, ask, allowed).await
+        Side::new("portcullis", gateway.process.pid(), &endpoint, case, ask, allowed)
     }
 
-    async fn open(
+    fn new(
         name: &'static str,
         pid: u32,
         endpoint: &Endpoint,
         case: &Case,
         ask: impl Fn(usize) -> Ask,
         allowed: impl Fn(&Ask) -> u64,
-    ) -> anyhow::Result<Side> {
-        let mut connections = Vec::with_capacity(case.connections);
-        for index in 0..case.connections {
-            let (endpoint, era, want) = (endpoint.clone(), case.client, case.want());
-            let errand = Errand { endpoint, era, ask: ask(index), want };
-            connections.push(Connection::open(&errand).await?);
-        }
+    ) -> Side {
+        let errand = |index| Errand {
+            endpoint: endpoint.clone(),
+            era: case.client,
+            ask: ask(index),
+            want: case.want(),
+        };
+        let errands = (0..case.connections).map(errand).collect();
         let ask = ask(0);
-        Ok(Side { name, pid, connections, method: ask.method(), upstream_requests: allowed(&ask) })
+        Side { name, pid, errands, method: ask.method(), upstream_requests: allowed(&ask) }
     }
 
-    async fn window(&mut self, stage: &Stage, window: Duration) -> anyhow::Result<Window> {
-        let counts = counts(stage).await?;
+    async fn window(&self, stage: &Stage, window: Duration) -> anyhow::Result<Window> {
+        let mut connections = Vec::with_capacity(self.errands.len());
+        for errand in &self.errands {
+            connections.push(Connection::open(errand).await?);
+        }
+        load::run(&mut connections, window / 10).await?;
+        let before = counts(stage).await?;
         let cpu = Cpu::of(self.pid)?;
-        let load = load::run(&mut self.connections, window).await?;
+        let load = load::run(&mut connections, window).await?;
         let cpu = Cpu::of(self.pid)?.since(&cpu);
+        let after = counts(stage).await?;
         let requests = load.latencies.len() as f64;
         ensure!(requests > 0.0, "no request fitted into the window");
-        let strays = self.strays(&counts, &crate::rounds::counts(stage).await?, load.latencies.len() as u64)?;
+        let strays = self.strays(&before, &after, load.latencies.len() as u64)?;
+        for connection in connections {
+            connection.close().await?;
+        }
         Ok(Window {
             cpu: cpu.as_secs_f64() * 1e6 / requests,
             rate: requests / load.elapsed.as_secs_f64(),

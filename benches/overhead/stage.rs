@@ -151,13 +151,13 @@ impl Gateway {
             ask: Ask::List,
             want: Want::Tools(self.fleet.visible()),
         };
-        let patience = Instant::now() + Duration::from_secs(30);
+        let patience = Instant::now() + Duration::from_secs(15);
         loop {
             self.check()?;
             let tried = tokio::time::timeout(Duration::from_secs(5), self.lists(&errand)).await;
             match tried.context("no answer").flatten() {
                 Ok(()) => return Ok(()),
-                Err(error) if Instant::now() > patience => return Err(error).context("not ready after 30 s"),
+                Err(error) if Instant::now() > patience => return Err(error).context("not ready after 15 s"),
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         }
