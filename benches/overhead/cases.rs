@@ -69,7 +69,7 @@ impl Case {
             Work::Large => "100 KiB result".to_owned(),
             Work::List if fleet.hidden == 0 => format!("list of {} tools", fleet.visible()),
             Work::List => {
-                format!("filtered list of {} tools, {} upstreams", fleet.visible(), fleet.upstreams)
+                format!("filtered list of {} tools ({} × {})", fleet.visible(), fleet.upstreams, fleet.tools)
             }
         };
         let eras = match client == fleet.era {

@@ -73,7 +73,7 @@ fn bench(args: Args) -> anyhow::Result<ExitCode> {
         }
     })?;
     println!("{}", measure::machine());
-    println!("{} rounds of {:?} a side\n", args.plan.rounds, args.plan.window);
+    println!("{}, rounds of {:?} a side: {}\n", args.subject, args.plan.window, args.plan.rounds);
     print!("{}", report.render(args.markdown));
     for failure in report.failures() {
         println!("FAILED {failure}");

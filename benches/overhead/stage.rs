@@ -3,6 +3,7 @@
 //! With `--self-check` a second blind proxy plays the gateway. Then every ratio must be about one, which
 //! shows what the numbers of a real run are worth on this machine.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -84,6 +85,15 @@ impl Fleet {
 
 fn server(index: usize) -> String {
     format!("up{index:02}")
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Subject::Gateway(binary) => write!(f, "{}", binary.display()),
+            Subject::Blind => f.write_str("SELF-CHECK: a second blind proxy stands in for portcullis"),
+        }
+    }
 }
 
 // === impl Stage ===
