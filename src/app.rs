@@ -32,7 +32,7 @@ use crate::{
     protocol::{McpRequest, McpResponse, Naming, ServerName},
     registry::{CatalogRecord, Change, Registry, RegistryError, ServerRecord, Snapshot},
     stack::{self, Stack},
-    upstream::Transport,
+    upstream::{HttpUpstream, Transport},
 };
 
 /// What an [`App`] is started with.
@@ -166,6 +166,10 @@ fn rules_of(snapshot: &Snapshot) -> AccessRules {
 fn client(server: &ServerRecord) -> BoxMcpService {
     let name = server.name.clone();
     match &server.spec.transport {
+        Transport::Http { url, headers } => headers
+            .iter()
+            .fold(HttpUpstream::new(name, url), |client, (name, value)| client.header(name, value))
+            .boxed_mcp(),
         other => unsupported(name, other),
     }
 }

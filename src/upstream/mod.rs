@@ -9,10 +9,14 @@
 //! assert!(matches!(UpstreamSpec::http("https://example.com/mcp").transport, Transport::Http { .. }));
 //! ```
 
+#[cfg(feature = "client")]
+mod http;
 #[cfg(any(feature = "client", feature = "peer"))]
 mod link;
 pub mod secret;
 mod spec;
 pub(crate) mod translate;
 
+#[cfg(feature = "client")]
+pub use http::HttpUpstream;
 pub use spec::{Transport, UpstreamSpec};
