@@ -31,7 +31,7 @@ use crate::{
     identity::{Affinity, Caller, Client, SessionToken},
     protocol::{
         Era, Frame, HttpHint, McpRequest, Message, Method, Params, Payload, ProtocolVersion, RawObject,
-        RequestId, RpcError, code, meta,
+        RequestId, RpcError, Unsolicited, code, meta,
     },
 };
 
@@ -89,7 +89,8 @@ pub(super) fn open_stream<S: McpService>(
     if !session.is_subscribed(&None) {
         let lists =
             json!({ "toolsListChanged": true, "promptsListChanged": true, "resourcesListChanged": true });
-        let request = listen_request(&session, lists);
+        let mut request = listen_request(&session, lists);
+        request.extensions_mut().insert(Unsolicited);
         let feed = feed(Arc::downgrade(&session), Box::pin(call(service, request)));
         session.subscribe(None, spawn(feed));
     }

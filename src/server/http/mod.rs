@@ -188,12 +188,7 @@ struct Refused {
 }
 
 impl Refused {
-    fn new(
-        status: StatusCode,
-        id: Option<RequestId>,
-        code: i64,
-        message: impl Into<String>,
-    ) -> Self {
+    fn new(status: StatusCode, id: Option<RequestId>, code: i64, message: impl Into<String>) -> Self {
         Refused { status, id, error: RpcError::new(code, message), allow: None }
     }
 

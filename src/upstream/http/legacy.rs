@@ -34,7 +34,7 @@ use crate::{
     identity::{Affinity, AffinityKey, Caller, Client},
     protocol::{
         Frame, FrameStream, McpRequest, McpResponse, Message, Method, Notification, Params, Payload,
-        RawObject, Reply, RequestId, RpcError, ServerRequest, code,
+        RawObject, Reply, RequestId, RpcError, ServerRequest, Unsolicited, code,
     },
     upstream::{
         link::{Connection, Link},
@@ -51,8 +51,15 @@ const REOPEN_AFTER: Duration = Duration::from_secs(1);
 /// All sessions at one upstream.
 #[derive(Default)]
 pub(super) struct Sessions {
-    links: Mutex<HashMap<AffinityKey, Arc<Link<Session>>>>,
+    slots: Mutex<HashMap<AffinityKey, Arc<Slot>>>,
     sweeping: AtomicBool,
+}
+
+/// The place of one session after another.
+struct Slot {
+    link: Arc<Link<Session>>,
+    /// What comes without belonging to a request.
+    stray: broadcast::Sender<Notification>,
 }
 
 /// One session.
@@ -64,7 +71,6 @@ pub(super) struct Session {
     initialized: RawObject,
     next_id: AtomicU64,
     expired: AtomicBool,
-    /// What comes without belonging to a request.
     stray: broadcast::Sender<Notification>,
     listening: AtomicBool,
     /// The level last set with `logging/setLevel`.
@@ -83,10 +89,15 @@ pub(super) async fn call(
     endpoint: &Arc<Endpoint>,
     request: McpRequest,
 ) -> Result<McpResponse, BoxError> {
-    let link = shared.sessions.link(shared, request.caller());
+    let slot = shared.sessions.slot(shared, request.caller());
+    if request.extensions().get::<Unsolicited>().is_some() {
+        return Ok(McpResponse::new(Payload::Stream(unsolicited(slot.stray.subscribe()))));
+    }
+    let link = &slot.link;
     for attempt in 0.. {
         let (s, e, caller) = (shared.clone(), endpoint.clone(), request.caller().clone());
-        let session = link.get(|| async move { Session::open(&s, &e, &caller).await }).await?;
+        let stray = slot.stray.clone();
+        let session = link.get(|| async move { Session::open(&s, &e, &caller, stray).await }).await?;
         let outcome = match request.method() {
             Method::Discover => {
                 return Ok(McpResponse::raw(translate::discover_result(&session.initialized)));
@@ -116,6 +127,24 @@ pub(super) async fn call(
     unreachable!("the second attempt returns")
 }
 
+/// What the session says without being asked, other than what the gateway tells by itself.
+fn unsolicited(stray: broadcast::Receiver<Notification>) -> FrameStream {
+    Box::pin(stream::unfold(stray, |mut stray| async move {
+        loop {
+            match stray.recv().await {
+                Ok(n) if is_list_change(&n.method) || n.method == Method::ResourceUpdated => {}
+                Ok(n) => return Some((Ok(Frame::Notification(n)), stray)),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }))
+}
+
+fn is_list_change(method: &Method) -> bool {
+    matches!(method, Method::ToolsChanged | Method::PromptsChanged | Method::ResourcesChanged)
+}
+
 /// Why a request got no answer.
 enum Refusal {
     /// The session is not known any more; the request was not processed.
@@ -130,13 +159,16 @@ impl From<UpstreamError> for Refusal {
 }
 
 impl Sessions {
-    fn link(&self, shared: &Arc<Shared>, caller: &Caller) -> Arc<Link<Session>> {
+    fn slot(&self, shared: &Arc<Shared>, caller: &Caller) -> Arc<Slot> {
         if !self.sweeping.swap(true, Ordering::Relaxed) {
             tokio::spawn(sweep(Arc::downgrade(shared)));
         }
-        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Link::new(shared.wire.upstream().clone());
-        links.entry(AffinityKey::of(caller)).or_insert_with(new).clone()
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || {
+            let link = Link::new(shared.wire.upstream().clone());
+            Arc::new(Slot { link, stray: broadcast::Sender::new(NOTIFICATIONS) })
+        };
+        slots.entry(AffinityKey::of(caller)).or_insert_with(new).clone()
     }
 }
 
@@ -146,7 +178,7 @@ async fn sweep(shared: Weak<Shared>) {
     loop {
         tick.tick().await;
         let Some(shared) = shared.upgrade() else { return };
-        shared.sessions.links.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| key.is_live());
+        shared.sessions.slots.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| key.is_live());
     }
 }
 
@@ -155,6 +187,7 @@ impl Session {
         shared: &Arc<Shared>,
         endpoint: &Endpoint,
         caller: &Caller,
+        stray: broadcast::Sender<Notification>,
     ) -> Result<Session, UpstreamError> {
         let wire = &shared.wire;
         let id = RequestId::from(0);
@@ -194,7 +227,7 @@ impl Session {
             initialized,
             next_id: AtomicU64::new(1),
             expired: AtomicBool::new(false),
-            stray: broadcast::Sender::new(NOTIFICATIONS),
+            stray,
             listening: AtomicBool::new(false),
             log_level: Mutex::default(),
         };
@@ -206,6 +239,9 @@ impl Session {
     }
 
     async fn request(self: &Arc<Self>, request: &McpRequest) -> Result<McpResponse, Refusal> {
+        if self.stray.receiver_count() > 0 {
+            self.start_listening();
+        }
         self.follow_log_level(request).await;
         let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
         let mut params = translate::legacy_params(request);
@@ -307,9 +343,7 @@ impl Session {
     async fn listen(self: &Arc<Self>, request: &McpRequest) -> McpResponse {
         let filter = ListenFilter::of(request.params());
         let notifications = self.stray.subscribe();
-        if !self.listening.swap(true, Ordering::Relaxed) {
-            tokio::spawn(keep_listening(Arc::downgrade(self)));
-        }
+        self.start_listening();
         let mut subscribed = Vec::new();
         for uri in &filter.uris {
             if self.subscription(&Method::ResourcesSubscribe, uri).await {
@@ -322,6 +356,12 @@ impl Session {
             let _held = &guard;
         });
         McpResponse::new(Payload::Stream(Box::pin(frames)))
+    }
+
+    fn start_listening(self: &Arc<Self>) {
+        if !self.listening.swap(true, Ordering::Relaxed) {
+            tokio::spawn(keep_listening(Arc::downgrade(self)));
+        }
     }
 
     async fn subscription(self: &Arc<Self>, method: &Method, uri: &str) -> bool {
@@ -544,13 +584,10 @@ impl Reader {
             };
             match Message::parse_response(event.data.clone(), &self.id) {
                 Ok(Message::Notification { method, params }) => match method {
-                    Method::ToolsChanged
-                    | Method::PromptsChanged
-                    | Method::ResourcesChanged
-                    | Method::ResourceUpdated => {
+                    method if is_list_change(&method) || method == Method::ResourceUpdated => {
                         self.session.take_stray(event.data).await;
                     }
-                    _ => return Ok(Frame::Notification(self.own(Notification { method, params }))),
+                    method => return Ok(Frame::Notification(self.own(Notification { method, params }))),
                 },
                 Ok(Message::Response { id, payload }) if answers(&id, &payload, &self.id) => {
                     self.disarm();

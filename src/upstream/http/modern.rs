@@ -17,7 +17,7 @@ use crate::{
     layers::Route,
     protocol::{
         Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
-        Params, Payload, ProtocolVersion, RawObject, RequestId, encode_header,
+        Params, Payload, ProtocolVersion, RawObject, RequestId, Unsolicited, encode_header,
     },
     upstream::translate,
 };
@@ -29,6 +29,10 @@ pub(super) async fn call(
     endpoint: &Arc<Endpoint>,
     request: McpRequest,
 ) -> Result<McpResponse, BoxError> {
+    if request.extensions().get::<Unsolicited>().is_some() {
+        // There is no such thing here: what is said belongs to a request.
+        return Ok(McpResponse::raw("{}"));
+    }
     let params = translate::modern_params(&request, endpoint.version);
     let mut headers = headers(post_headers(&endpoint.headers), endpoint.version, &request, &params);
     add_param_headers(&mut headers, &request);
