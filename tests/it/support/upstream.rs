@@ -269,7 +269,10 @@ impl Script {
         }
         let sessions = sessions.lock().expect("no panic");
         let Some(session) = sent.header("mcp-session-id") else {
-            return Some(json_response(400, r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"Bad Request: no session"}}"#));
+            return Some(json_response(
+                400,
+                r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"Bad Request: no session"}}"#,
+            ));
         };
         let status = sessions.unknown.filter(|_| !sessions.known.contains(session))?;
         Some(json_response(
