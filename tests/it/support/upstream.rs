@@ -29,6 +29,7 @@ use super::eventually;
 #[derive(Clone, Debug)]
 pub(crate) struct Sent {
     pub(crate) verb: Method,
+    pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -330,7 +331,7 @@ async fn serve(
             async move {
                 let (parts, body) = request.into_parts();
                 let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-                let sent = Sent { verb: parts.method, headers: parts.headers, body };
+                let sent = Sent { verb: parts.method, path: parts.uri.path().to_owned(), headers: parts.headers, body };
                 seen.lock().expect("no panic").push(sent.clone());
                 Ok::<_, Infallible>(script.answer(sent, &sessions).await)
             }
