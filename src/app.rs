@@ -25,7 +25,7 @@ use arc_swap::ArcSwap;
 use tower::service_fn;
 
 use crate::{
-    BoxError, BoxMcpService, McpService,
+    BoxError, BoxMcpService, McpService, demo,
     error::{Fault, UpstreamError},
     gateway::{CatalogStore, Gateway},
     layers::AccessRules,
@@ -166,6 +166,9 @@ fn rules_of(snapshot: &Snapshot) -> AccessRules {
 fn client(server: &ServerRecord) -> BoxMcpService {
     let name = server.name.clone();
     match &server.spec.transport {
+        Transport::Builtin { kind } => {
+            demo::service(kind).unwrap_or_else(|| unsupported(name, &server.spec.transport))
+        }
         other => unsupported(name, other),
     }
 }
