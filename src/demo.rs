@@ -92,9 +92,7 @@ fn unknown(request: &McpRequest) -> McpResponse {
             let said = format!("Unknown {}: {}", target.kind(), target.name());
             RpcError::new(code::INVALID_PARAMS, said)
         }
-        None => {
-            RpcError::new(code::METHOD_NOT_FOUND, format!("Method not found: {}", request.method()))
-        }
+        None => RpcError::new(code::METHOD_NOT_FOUND, format!("Method not found: {}", request.method())),
     };
     McpResponse::error(error)
 }
