@@ -16,7 +16,7 @@ use crate::protocol::NamingMode;
 #[command(name = "portcullis", version, max_term_width = 100, after_help = ENVIRONMENT)]
 pub(super) struct Cli {
     /// Where the registry is kept [default: $PORTCULLIS_DATA_DIR, or ~/.portcullis]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR", display_order = 900)]
     pub(super) data_dir: Option<PathBuf>,
 
     #[command(subcommand)]
@@ -33,9 +33,7 @@ Exit codes: 0 done, 1 it failed, 2 the command line or the config file is wrong.
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Run the gateway
     Serve(Serve),
-    /// Put a server behind the gateway
     Add(Add),
     /// Take a server away, and all that is known of it
     Remove(Name),
@@ -47,11 +45,9 @@ pub(super) enum Command {
     List(List),
     /// Show the tools that clients see
     Tools(Tools),
-    /// Call a tool, as a client would
     Call(Call),
     /// Ask a server again what it offers
     Refresh(Name),
-    /// Print the lines that connect a client to the gateway
     Connect(Connect),
 }
 

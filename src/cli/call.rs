@@ -89,30 +89,34 @@ fn show(tool: &str, result: &RawValue, json: bool) -> Result<()> {
     }
 }
 
-/// Text as it is, everything else as JSON.
+/// Text as it is, everything else as JSON. Beside text, structured content is left out: it is the same for
+/// programs, and they use `--json`.
 fn readable(result: &Value) -> String {
     let content = result["content"].as_array().map(Vec::as_slice).unwrap_or_default();
     let structured = result.get("structuredContent").filter(|value| !value.is_null());
     let mut parts = Vec::new();
+    let mut has_text = false;
     for block in content {
-        match (&block["type"], block["text"].as_str()) {
-            // The same again as text, for clients that do not know structured content.
-            (Value::String(kind), Some(text)) if kind == "text" => {
-                let same = serde_json::from_str::<Value>(text).ok();
-                if same.is_none() || same.as_ref() != structured {
-                    parts.push(printable(text));
-                }
+        match (block["type"].as_str(), block["text"].as_str()) {
+            // Structured content once more, for clients that do not know it. Below it is better to read.
+            (Some("text"), Some(text)) if structured.is_some() && is_same(text, structured) => {}
+            (Some("text"), Some(text)) => {
+                parts.push(printable(text));
+                has_text = true;
             }
             _ => parts.push(pretty(block)),
         }
     }
-    if let Some(structured) = structured {
-        parts.push(pretty(structured));
-    }
-    if content.is_empty() && structured.is_none() {
-        parts.push(pretty(result));
+    match structured {
+        Some(structured) if !has_text => parts.push(pretty(structured)),
+        None if content.is_empty() => parts.push(pretty(result)),
+        _ => {}
     }
     parts.join("\n")
+}
+
+fn is_same(text: &str, structured: Option<&Value>) -> bool {
+    serde_json::from_str::<Value>(text).ok().as_ref() == structured
 }
 
 fn pretty(value: &Value) -> String {
@@ -163,6 +167,9 @@ mod tests {
             "structuredContent": { "a": 1 },
         });
         assert_eq!(readable(&result), "{\n  \"a\": 1\n}");
+        let result =
+            json!({ "content": [{ "type": "text", "text": "one" }], "structuredContent": { "a": 1 } });
+        assert_eq!(readable(&result), "one");
         let result = json!({ "content": [{ "type": "text", "text": "1" }] });
         assert_eq!(readable(&result), "1");
     }

@@ -25,7 +25,7 @@ use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{net::UnixListener, task::JoinSet};
 
-use super::{Call, Control, Desk, Edit, Info, remote::Refusal, socket_path};
+use super::{Control, Desk, Info, remote::Refusal, socket_path};
 use crate::protocol::ServerName;
 
 /// The right to serve a data directory; given back when it is dropped.
@@ -146,11 +146,8 @@ async fn servers(State(desk): State<Desk>) -> Response {
     answer(desk.servers().await)
 }
 
-async fn edit(State(desk): State<Desk>, body: Bytes) -> Response {
-    match read::<Edit>(&body) {
-        Ok(edit) => answer(desk.edit(edit).await),
-        Err(refusal) => refusal,
-    }
+async fn edit(State(desk): State<Desk>, body: Bytes) -> Result<Response, Unread> {
+    Ok(answer(desk.edit(read(&body)?).await))
 }
 
 async fn refresh(State(desk): State<Desk>, PathParam(name): PathParam<String>) -> Response {
@@ -160,22 +157,17 @@ async fn refresh(State(desk): State<Desk>, PathParam(name): PathParam<String>) -
     }
 }
 
-async fn tools(State(desk): State<Desk>, body: Bytes) -> Response {
+async fn tools(State(desk): State<Desk>, body: Bytes) -> Result<Response, Unread> {
     #[derive(Deserialize)]
     struct Asked {
         wait: Duration,
     }
-    match read::<Asked>(&body) {
-        Ok(asked) => answer(desk.tools(asked.wait).await),
-        Err(refusal) => refusal,
-    }
+    let Asked { wait } = read(&body)?;
+    Ok(answer(desk.tools(wait).await))
 }
 
-async fn call(State(desk): State<Desk>, body: Bytes) -> Response {
-    match read::<Call>(&body) {
-        Ok(call) => answer(desk.call(call).await),
-        Err(refusal) => refusal,
-    }
+async fn call(State(desk): State<Desk>, body: Bytes) -> Result<Response, Unread> {
+    Ok(answer(desk.call(read(&body)?).await))
 }
 
 struct Json<T>(T);
@@ -189,11 +181,18 @@ impl<T: Serialize> IntoResponse for Json<T> {
     }
 }
 
-fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Response> {
-    serde_json::from_slice(body).map_err(|error| {
+/// Why a body cannot be read.
+struct Unread(serde_json::Error);
+
+impl IntoResponse for Unread {
+    fn into_response(self) -> Response {
         // A command of another release, perhaps.
-        refuse(StatusCode::BAD_REQUEST, format!("the gateway does not understand this command: {error}"))
-    })
+        refuse(StatusCode::BAD_REQUEST, format!("the gateway does not understand this command: {}", self.0))
+    }
+}
+
+fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Unread> {
+    serde_json::from_slice(body).map_err(Unread)
 }
 
 fn answer(outcome: Result<impl Serialize>) -> Response {

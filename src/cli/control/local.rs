@@ -1,6 +1,6 @@
 //! The registry itself, when no gateway runs.
 
-use std::{path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc};
 
 use anyhow::{Result, anyhow};
 
@@ -70,7 +70,14 @@ pub(in crate::cli) async fn open_registry(data_dir: &Path) -> Result<Registry> {
 pub(super) async fn try_open(data_dir: &Path) -> Result<Option<Local>> {
     let dir = data_dir.to_owned();
     blocking(move || {
-        let backend = match RedbBackend::open(dir) {
+        let opened = match RedbBackend::open(&dir) {
+            // Two commands made the registry at once, and the other was faster: it is there now.
+            Err(BackendError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                RedbBackend::open(&dir)
+            }
+            outcome => outcome,
+        };
+        let backend = match opened {
             Ok(backend) => backend,
             Err(BackendError::InUse { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),

@@ -78,7 +78,10 @@ impl Remote {
     async fn send<T: DeserializeOwned>(self, method: Method, path: &str, body: &impl Serialize) -> Result<T> {
         let socket = self.socket.clone();
         let (status, body) = self.exchange(method, path, body).await.with_context(|| {
-            format!("the gateway at {} went away before it answered: see `portcullis list`", socket.display())
+            let socket = socket.display();
+            format!(
+                "the gateway at {socket} went away before it answered; `portcullis list` shows what was done"
+            )
         })?;
         if status.is_success() {
             return serde_json::from_slice(&body)
