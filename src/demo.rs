@@ -1,6 +1,6 @@
 //! Two small upstreams inside the gateway, for trying it out: `clock` and `notes`.
 //!
-//! Each is an [`McpService`] made of nothing but this library's own types, so this file is also the shortest
+//! Each is an [`McpService`](crate::McpService) made of nothing but this library's own types, so this file is also the shortest
 //! answer to "how do I write an upstream by hand?". What they keep is in memory and ends with them.
 //!
 //! ```

@@ -1,6 +1,6 @@
 //! The command line: what the binary `portcullis` is.
 //!
-//! Every command but `serve` and `connect` works through [`control`]: in the gateway that runs on the data
+//! Every command but `serve` and `connect` works through one `Control`: in the gateway that runs on the data
 //! directory, or on the registry itself when none runs. Results go to stdout, everything said about them to
 //! stderr, each error as one sentence that says what, where and what to do.
 //!

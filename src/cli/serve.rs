@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use axum::routing::get;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -40,9 +40,9 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
     let naming = naming(&args, config.as_ref());
     let shutdown = signals()?;
     let home = Home::of(&args, &dir).await?;
-    let doors = server::Server::bind(listen)
-        .await
-        .with_context(|| format!("cannot listen on {listen}, choose another address with --listen"))?;
+    let doors = server::Server::bind(listen).await.map_err(|error| {
+        anyhow!("cannot listen on {listen}: {error}; choose another address with --listen")
+    })?;
     let listen = doors.local_addr().context("cannot listen")?;
     let socket = home.lock.map(Socket::bind).transpose()?;
 
@@ -58,18 +58,18 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
         Ok(registry)
     })
     .await?;
-    let app = App::start(registry, settings);
 
+    // Who closed stdout wants a gateway all the same.
+    let _ = say(greeting(&registry.snapshot(), listen, &Hints::new(&args, &dir, socket.is_some())));
+    if !listen.ip().is_loopback() {
+        warn(format!("{listen} can be reached from other machines, and nobody is asked who they are"));
+    }
+    let app = App::start(registry, settings);
     let control = socket.map(|socket| {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let info = Info { version, pid: process::id(), listen, keeps };
         tokio::spawn(socket.serve(Desk::new(app.clone(), keeps), info))
     });
-    // Who closed stdout wants a gateway all the same.
-    let _ = say(greeting(&app.snapshot(), listen, &Hints::new(&args, &dir, control.is_some())));
-    if !listen.ip().is_loopback() {
-        warn(format!("{listen} can be reached from other machines, and nobody is asked who they are"));
-    }
     let served = serve_doors(&app, doors, shutdown).await;
 
     if let Some(control) = control {
