@@ -54,16 +54,31 @@ fn pids(path: &Path) -> Vec<u32> {
     text.lines().filter_map(|line| line.trim().parse().ok()).collect()
 }
 
-/// The processes of a group, the watcher among them, zombies too.
+/// The living processes of a group, the watcher among them. The dead ones are ours to collect, or init's.
 fn group(id: u32) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let in_group = |pid: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        after_name.split_whitespace().nth(2).and_then(|g| g.parse().ok()) == Some(id)
+    let in_group = |pid: &u32| match stat(*pid) {
+        Some((state, _, group)) => state != "Z" && group == id,
+        None => false,
     };
-    pids.filter(in_group).collect()
+    processes().filter(in_group).collect()
+}
+
+/// Dead processes that nobody but us can collect.
+fn zombies() -> Vec<u32> {
+    let us = std::process::id();
+    let ours = |pid: &u32| stat(*pid).is_some_and(|(state, parent, _)| state == "Z" && parent == us);
+    processes().filter(ours).collect()
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// State, parent and group of a process.
+fn stat(pid: u32) -> Option<(String, u32, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
 }
 
 async fn until(what: &str, mut so: impl FnMut() -> bool) {
@@ -99,7 +114,7 @@ async fn a_group_that_ignores_sigterm_is_killed() {
     upstream.shutdown().await;
     assert!(began.elapsed() >= Duration::from_millis(400));
     let child = pids(Path::new(&path.to_string()))[0];
-    assert_eq!(group(child), [0; 0]);
+    until("the group is gone", || group(child).is_empty()).await;
 }
 
 #[tokio::test]
@@ -147,12 +162,7 @@ fn when_the_runtime_goes_the_group_goes() {
     });
     drop(first);
     let child = pids(&path)[0];
-    // The child itself stays behind as a zombie, for only a runtime collects.
-    let alive = |pid: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
-    };
-    runtime().block_on(until("the group is gone", || !group(child).iter().any(alive)));
+    runtime().block_on(until("the group is gone", || group(child).is_empty()));
     drop(upstream);
 }
 
@@ -245,6 +255,7 @@ async fn nothing_leaks_over_many_restarts() {
     assert_eq!(pids(&path).len(), 101);
     for child in pids(&path) {
         assert_eq!(group(child), [0; 0]);
+        assert!(!zombies().contains(&child));
     }
     // Other tests of this process come and go.
     assert!(fds() < before + 50, "{before} descriptors became {}", fds());
@@ -254,9 +265,11 @@ async fn nothing_leaks_over_many_restarts() {
 #[tokio::test]
 async fn the_group_ends_when_the_other_end_of_the_pipe_is_gone() {
     let mut command = Command::new("sh");
-    command.arg("-c").arg("trap '' TERM; sleep 1000 & while :; do sleep 1; done");
+    command.arg("-c").arg("trap '' TERM; sleep 1000 & echo ready; while :; do sleep 1; done");
+    command.stdout(std::process::Stdio::piped());
     let (mut child, watched) = process::spawn(command, Duration::from_millis(100)).unwrap();
     let id = child.id().unwrap();
+    tokio::io::AsyncReadExt::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 6]).await.unwrap();
     assert!(!watched.is_gone());
     drop(watched);
     let status = child.wait().await.unwrap();
