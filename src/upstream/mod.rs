@@ -12,7 +12,7 @@ pub mod stdio;
 pub(crate) mod translate;
 
 #[cfg(feature = "peer")]
-//pub use peer::PeerUpstream;
+pub use peer::PeerUpstream;
 pub use spec::{Transport, UpstreamSpec};
 #[cfg(all(feature = "client", unix))]
 pub use stdio::{StdioCommand, StdioUpstream};
