@@ -5,13 +5,13 @@
 //!
 //! ```
 //! use portcullis::{protocol::McpRequest, upstream::PeerUpstream};
-//! use rmcp::{ServerHandler, model::ServerInfo};
+//! use rmcp::{ServerHandler, model::ServerConfig};
 //! use tower::ServiceExt as _;
 //!
 //! struct Empty;
 //! impl ServerHandler for Empty {
-//!     fn get_info(&self) -> ServerInfo {
-//!         ServerInfo::default()
+//!     fn get_info(&self) -> ServerConfig {
+//!         ServerConfig::default()
 //!     }
 //! }
 //!
@@ -391,7 +391,7 @@ mod tests {
         ClientServiceExt as _,
         model::{
             CallToolRequestParams, CallToolResponse, CallToolResult, ContentBlock, ErrorData,
-            ProgressNotificationParam, ServerCapabilities, ServerInfo,
+            ProgressNotificationParam, ServerCapabilities, ServerConfig,
         },
         service::{ClientLifecycleMode, RequestContext, RoleServer, RunningService, SubscriptionContext},
     };
@@ -407,8 +407,8 @@ mod tests {
     }
 
     impl ServerHandler for Handler {
-        fn get_info(&self) -> ServerInfo {
-            ServerInfo::new(ServerCapabilities::builder().enable_tools().enable_tool_list_changed().build())
+        fn get_info(&self) -> ServerConfig {
+            ServerConfig::new(ServerCapabilities::builder().enable_tools().enable_tool_list_changed().build())
         }
 
         fn supported_protocol_versions(&self) -> Cow<'static, [rmcp::model::ProtocolVersion]> {

@@ -311,11 +311,11 @@ impl Calls {
             Method::Cancelled => {
                 // The other side ends a subscription.
                 let Some(id) = notification.params.get("requestId").and_then(number) else { return };
-                if calls.get(&id).is_some_and(|entry| matches!(entry.kind, Kind::Listen(_))) {
-                    if let Some(entry) = calls.remove(&id) {
-                        let done = Bytes::from_static(br#"{"resultType":"complete"}"#);
-                        let _ = entry.answer.send(Ok(Payload::Raw(done)));
-                    }
+                if calls.get(&id).is_some_and(Entry::is_listen)
+                    && let Some(entry) = calls.remove(&id)
+                {
+                    let done = Bytes::from_static(br#"{"resultType":"complete"}"#);
+                    let _ = entry.answer.send(Ok(Payload::Raw(done)));
                 }
                 return;
             }
@@ -350,11 +350,11 @@ impl Calls {
         if !entry.offer(notification, size) {
             tracing::debug!(upstream = %self.upstream, id = subject, "a caller does not read its notifications");
             // Progress may be lost. A listener that missed something must know, so that it looks again.
-            if matches!(entry.kind, Kind::Listen(_)) {
-                if let Some(entry) = calls.remove(&subject) {
-                    let _ = entry.answer.send(Err(End::new(Fault::Lost, "the listener fell behind")));
-                    let _ = self.urgent.send(Urgent::Cancel(subject));
-                }
+            if entry.is_listen()
+                && let Some(entry) = calls.remove(&subject)
+            {
+                let _ = entry.answer.send(Err(End::new(Fault::Lost, "the listener fell behind")));
+                let _ = self.urgent.send(Urgent::Cancel(subject));
             }
         }
     }
@@ -388,6 +388,10 @@ impl Calls {
 }
 
 impl Entry {
+    fn is_listen(&self) -> bool {
+        matches!(self.kind, Kind::Listen(_))
+    }
+
     fn offer(&self, notification: Notification, size: usize) -> bool {
         let queued = self.queued.fetch_add(size, Ordering::Relaxed);
         let fits = queued == 0 || queued + size <= NOTICE_BYTES;
@@ -492,11 +496,11 @@ fn subscription(params: &Params) -> Option<u64> {
 }
 
 fn restore_subscription(object: &mut RawObject, own: &RequestId) {
-    if let Some(mut m) = object.get_object("_meta") {
-        if m.get(meta::SUBSCRIPTION_ID).is_some() {
-            m.set(meta::SUBSCRIPTION_ID, own.as_str());
-            object.set("_meta", m.as_str());
-        }
+    if let Some(mut m) = object.get_object("_meta")
+        && m.get(meta::SUBSCRIPTION_ID).is_some()
+    {
+        m.set(meta::SUBSCRIPTION_ID, own.as_str());
+        object.set("_meta", m.as_str());
     }
 }
 

@@ -22,8 +22,9 @@ use crate::{
 
 /// Long enough for an interpreter to start.
 const PROBE: Duration = Duration::from_secs(3);
-/// For `initialize` after a probe that was not understood. Beyond it the server is taken to be stuck on the probe.
-const AFTER_PROBE: Duration = Duration::from_secs(10);
+/// For `initialize` after a probe that was not understood. Beyond it the server is taken to be stuck on the probe. Not
+/// too soon: it may as well be a package that is just being downloaded.
+const AFTER_PROBE: Duration = Duration::from_secs(17);
 
 /// What the handshake found.
 pub(crate) enum Opened {

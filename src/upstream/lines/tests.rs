@@ -71,7 +71,9 @@ fn wire_of(max_line: usize, pipe: usize) -> (Wire, Peer) {
     (wire, Peer { read: BufReader::new(read), write })
 }
 
-fn probing(known: Option<Era>) -> (JoinHandle<Result<(Wire, Opened), Unopened>>, Peer) {
+type Opening = JoinHandle<Result<(Wire, Opened), Unopened>>;
+
+fn probing(known: Option<Era>) -> (Opening, Peer) {
     let (wire, peer) = wire(MAX_LINE);
     let opening = tokio::spawn(async move {
         let opened = open(&wire, known).await?;

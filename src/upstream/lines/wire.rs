@@ -144,6 +144,7 @@ async fn write_lines<W: AsyncWrite + Unpin>(calls: &Calls, write: &mut W, mut ou
                 Some(id) if !calls.begin_to_write(id) => continue,
                 _ => outgoing.line,
             },
+            else => return io::ErrorKind::BrokenPipe.into(),
         };
         if let Err(error) = write_line(write, line).await {
             return error;

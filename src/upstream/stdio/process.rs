@@ -6,7 +6,8 @@
 //!
 //! Two things come with that. A group's id cannot be given to others while a member lives, so the watcher keeps the
 //! id ours after the child itself has ended, and signals cannot hit strangers. And when the pipe has no reader any
-//! more, the watcher is gone, and with it, by its own doing, everything else in the group.
+//! more, the watcher is gone, and with it, by its own doing, everything else in the group. Who left the group, with
+//! `setsid`, is not followed.
 //!
 //! This is the only file with `unsafe` in it. `PR_SET_PDEATHSIG` would be shorter, but it fires when the *thread*
 //! that forked ends, and it does not reach grandchildren.
@@ -90,7 +91,7 @@ fn start_watcher(life: RawFd, steps: u32) -> io::Result<()> {
     // SAFETY: only system calls that are async-signal-safe; this process has one thread.
     unsafe {
         match libc::fork() {
-            -1 => return Err(io::Error::last_os_error()),
+            -1 => Err(io::Error::last_os_error()),
             0 => {
                 // Before the watcher exists, so that there is no moment in which a signal would end it.
                 for signal in [

@@ -261,7 +261,36 @@ async fn nothing_leaks_over_many_restarts() {
     assert!(fds() < before + 50, "{before} descriptors became {}", fds());
 }
 
-/// The gateway's part of a `kill -9` can be played by anyone who holds the write end of the life pipe.
+const PLAY_GATEWAY: &str = "PORTCULLIS_TEST_PLAY_GATEWAY";
+
+/// The other half of the next test, in a process of its own: runs a child until it is killed.
+#[tokio::test]
+async fn a_gateway_that_is_killed_plays_its_part() {
+    if let Some(path) = std::env::var_os(PLAY_GATEWAY) {
+        let before = format!("trap '' TERM; sleep 1000 & echo $$ >> {}", Path::new(&path).display());
+        let upstream = server(&before, ANSWER, "while :; do sleep 1; done");
+        ask(&upstream).await.unwrap();
+        std::fs::write(Path::new(&path).with_extension("ready"), "").unwrap();
+        std::future::pending::<()>().await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_the_gateway_is_killed() {
+    let (_folder, path) = notes();
+    let mut gateway = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "upstream::stdio::tests::a_gateway_that_is_killed_plays_its_part"])
+        .env(PLAY_GATEWAY, &path)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the child runs", || path.with_extension("ready").exists()).await;
+    let child = pids(&path)[0];
+    assert_eq!(group(child).len(), 3, "the child, its own child and the watcher");
+    gateway.kill().await.unwrap();
+    until("the group is gone", || group(child).is_empty()).await;
+}
+
 #[tokio::test]
 async fn the_group_ends_when_the_other_end_of_the_pipe_is_gone() {
     let mut command = Command::new("sh");
