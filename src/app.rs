@@ -26,7 +26,7 @@ use futures_util::future::join_all;
 use tower::service_fn;
 
 use crate::{
-    BoxError, BoxMcpService, McpService,
+    BoxError, BoxMcpService, McpService, demo,
     error::{Fault, UpstreamError},
     gateway::{CatalogStore, Gateway},
     layers::AccessRules,
@@ -204,7 +204,10 @@ impl Client {
                 .iter()
                 .fold(HttpUpstream::new(name, url), |client, (name, value)| client.header(name, value))
                 .boxed_mcp(),
-            other => unsupported(name, other),
+            Transport::Builtin { kind } => {
+                demo::service(kind).unwrap_or_else(|| unsupported(name, transport))
+            }
+            Transport::Sse { .. } | Transport::Stdio { .. } => unsupported(name, transport),
         };
         Client { service, child: None }
     }

@@ -3,7 +3,11 @@
 #[cfg(feature = "daemon")]
 pub mod app;
 #[cfg(feature = "daemon")]
+pub mod cli;
+#[cfg(feature = "daemon")]
 pub mod config;
+#[cfg(feature = "daemon")]
+pub mod demo;
 pub mod error;
 pub mod gateway;
 pub mod identity;
