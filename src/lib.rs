@@ -14,6 +14,8 @@ pub mod identity;
 pub mod layers;
 pub mod protocol;
 pub mod registry;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod service;
 pub mod stack;
 #[cfg(any(test, feature = "testing"))]

@@ -14,7 +14,6 @@ mod args;
 mod call;
 mod connect;
 mod control;
-mod doors;
 mod serve;
 mod servers;
 mod spec;

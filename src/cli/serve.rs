@@ -14,8 +14,6 @@ use tokio::{
     sync::oneshot,
 };
 
-// The doors, until `crate::server` is there: then this line is all that changes.
-use super::doors as server;
 use super::{
     DataDir, args,
     control::{Control, Desk, Info, Lock, Socket, open_registry, remember_naming},
@@ -27,6 +25,7 @@ use crate::{
     demo,
     protocol::Naming,
     registry::{MemoryBackend, Origin, Registry, RegistryError, ServerRecord, Snapshot},
+    server,
 };
 
 /// Where the gateway listens unless told otherwise: on this machine only.
@@ -98,6 +97,7 @@ async fn serve_doors(
 
 /// Ends the upstreams, and what only the demonstration brought.
 async fn end(app: App) -> Result<()> {
+    app.shutdown().await;
     for name in app.gateway().status().keys() {
         app.gateway().remove(name);
     }

@@ -9,8 +9,10 @@ use tower::ServiceExt as _;
 
 use super::{Shared, view::View};
 use crate::{
+    BoxMcpService,
     protocol::{
-        Frame, FrameStream, ItemKind, McpRequest, Method, Notification, Params, Payload, ServerName, Target,
+        Frame, FrameStream, ItemKind, McpRequest, McpResponse, Method, Notification, Params, Payload,
+        ServerName, Target, Unsolicited,
     },
     upstream::translate::ListenFilter,
 };
@@ -25,8 +27,9 @@ pub(super) async fn listen(shared: &Arc<Shared>, request: &McpRequest) -> FrameS
         resources: asked.resources && view.offers("resources"),
         uris: Vec::new(),
     };
-    let (uris, updates) = resource_updates(&view, request, &asked.uris).await;
+    let (uris, mut updates) = resource_updates(&view, request, &asked.uris).await;
     let honoured = ListenFilter { uris, ..honoured };
+    updates.extend(unsolicited(&view, request));
     let first = stream::iter([Ok(Frame::Notification(honoured.acknowledged()))]);
     let changes = list_changes(shared, honoured, view);
     Box::pin(first.chain(stream::select(changes, stream::select_all(updates))))
@@ -104,6 +107,34 @@ async fn resource_updates(
         })));
     }
     (honoured, streams)
+}
+
+/// What each upstream says to this client without being asked. None is waited for: the stream begins at once, and
+/// each upstream's part when it can.
+fn unsolicited(view: &View, request: &McpRequest) -> Vec<FrameStream> {
+    if request.extensions().get::<Unsolicited>().is_none() {
+        return Vec::new();
+    }
+    let told = |frame| {
+        future::ready(match frame {
+            Ok(Frame::Notification(n)) if n.method != Method::Acknowledged => {
+                Some(Ok(Frame::Notification(n)))
+            }
+            _ => None,
+        })
+    };
+    let open = |service: BoxMcpService| -> FrameStream {
+        let mut inner = McpRequest::bare(Method::Listen).with_caller(request.caller().clone());
+        inner.extensions_mut().insert(Unsolicited);
+        let opened = async move {
+            match service.oneshot(inner).await.map(McpResponse::into_payload) {
+                Ok(Payload::Stream(frames)) => frames,
+                _ => Box::pin(stream::empty()),
+            }
+        };
+        Box::pin(stream::once(opened).flatten().filter_map(told))
+    };
+    view.upstreams().map(open).collect()
 }
 
 /// An update under the URI the client knows. Whatever else comes along that stream is the gateway's to tell.

@@ -86,6 +86,11 @@ impl View {
         self.upstreams.get(name).cloned()
     }
 
+    /// All upstreams' services.
+    pub(super) fn upstreams(&self) -> impl Iterator<Item = BoxMcpService> {
+        self.upstreams.values().cloned()
+    }
+
     /// The upstream, when there is exactly one.
     pub(super) fn only_upstream(&self) -> Option<BoxMcpService> {
         let mut all = self.upstreams.values();

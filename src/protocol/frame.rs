@@ -33,6 +33,11 @@ pub struct Notification {
     pub params: Params,
 }
 
+/// In the extensions of a `subscriptions/listen` for a legacy client's session: it also wants what its sessions at
+/// legacy upstreams say without being asked, logs above all. Such a subscription opens no session by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Unsolicited;
+
 /// A question to the client: sampling, elicitation, roots.
 #[derive(Debug)]
 pub struct ServerRequest {

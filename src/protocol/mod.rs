@@ -29,7 +29,7 @@ mod rpc;
 mod version;
 
 pub use cursor::{Cursor, InvalidCursor};
-pub use frame::{Frame, FrameStream, Notification, Reply, ServerRequest};
+pub use frame::{Frame, FrameStream, Notification, Reply, ServerRequest, Unsolicited};
 pub use header::{ParamHeader, ParamHeaders, decode_header, encode_header};
 pub use items::{Item, ItemKind, ItemList};
 pub use message::{Message, ParseError, RequestId};

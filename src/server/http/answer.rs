@@ -1,0 +1,201 @@
+//! A payload as the message this client understands: its id around it, and the marks of its era.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use memchr::memmem;
+use serde_json::json;
+
+use super::body::{JOIN_BELOW, join};
+use crate::protocol::{Era, Method, Notification, Params, Payload, RawObject, RequestId, RpcError, code};
+
+/// A message in pieces: what nobody opened is never copied just to put braces around it.
+#[derive(Debug)]
+pub(super) struct Chunks(pub(super) Vec<Bytes>);
+
+impl Chunks {
+    /// Small ones as one piece.
+    pub(super) fn joined(self) -> VecDeque<Bytes> {
+        match self.0.iter().map(Bytes::len).sum::<usize>() < JOIN_BELOW {
+            true => VecDeque::from([join(&self.0)]),
+            false => self.0.into(),
+        }
+    }
+}
+
+/// The answer to `method` under `id`. A stream has no such form.
+pub(super) fn response(id: &RequestId, method: &Method, payload: Payload, era: Era) -> Chunks {
+    let mut chunks = vec![prefix(id, b"result")];
+    match payload {
+        Payload::Items(list) => {
+            let (open, close) = list.frame_json(era == Era::Modern);
+            chunks.extend([open, list.items_json().clone(), close]);
+        }
+        Payload::Raw(json) => push_result(&mut chunks, json, method, era),
+        Payload::Value(value) => push_result(&mut chunks, value.to_string().into(), method, era),
+        Payload::Error(error) => {
+            chunks = vec![prefix(id, b"error"), translate_error(error, method, era).as_bytes().clone()]
+        }
+        Payload::Stream(_) => {
+            let error = RpcError::new(code::INTERNAL_ERROR, "internal error");
+            chunks = vec![prefix(id, b"error"), error.as_bytes().clone()];
+        }
+    }
+    chunks.push(Bytes::from_static(b"}"));
+    Chunks(chunks)
+}
+
+/// An error about a message whose id may be unknown.
+pub(super) fn error(id: Option<&RequestId>, error: &RpcError) -> Chunks {
+    let null = Bytes::from_static(b"null");
+    let id = id.map_or(&null, RequestId::as_bytes);
+    let head = [b"{\"jsonrpc\":\"2.0\",\"id\":", id.as_ref(), b",\"error\":"].concat();
+    Chunks(vec![head.into(), error.as_bytes().clone(), Bytes::from_static(b"}")])
+}
+
+/// A notification as a message.
+pub(super) fn notification(notification: &Notification) -> Chunks {
+    request_like(None, &notification.method, &notification.params)
+}
+
+/// A question to the client as a message.
+pub(super) fn request(id: &RequestId, method: &Method, params: &Params) -> Chunks {
+    request_like(Some(id), method, params)
+}
+
+fn request_like(id: Option<&RequestId>, method: &Method, params: &Params) -> Chunks {
+    use crate::upstream::translate::{notification_json, request_json};
+    Chunks(vec![match id {
+        Some(id) => request_json(id, method, params),
+        None => notification_json(method, params),
+    }])
+}
+
+fn prefix(id: &RequestId, member: &[u8]) -> Bytes {
+    [b"{\"jsonrpc\":\"2.0\",\"id\":", id.as_bytes().as_ref(), b",\"", member, b"\":"].concat().into()
+}
+
+/// A result with or without the marks of the modern era: `resultType`, and for some methods cache hints.
+fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method, era: Era) {
+    match era {
+        Era::Modern => push_modern(chunks, json, method),
+        Era::Legacy => chunks.push(legacy_result(json)),
+    }
+}
+
+/// A legacy upstream's result has no marks; they are put in front. Nothing is scanned for that but the bytes of one
+/// word, and a result that has it somewhere is looked at properly.
+fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
+    if memmem::find(&json, b"\"resultType\"").is_some() {
+        let marked =
+            RawObject::parse(json.clone()).ok().is_none_or(|result| result.get("resultType").is_some());
+        if marked {
+            return chunks.push(json);
+        }
+    }
+    let hinted = method.is_cacheable()
+        && RawObject::parse(json.clone()).ok().is_none_or(|result| result.get("ttlMs").is_none());
+    let rest = json.trim_ascii_start().strip_prefix(b"{").map(|rest| json.slice_ref(rest));
+    let Some(rest) = rest else { return chunks.push(json) };
+    chunks.push(Bytes::from_static(match hinted {
+        true => br#"{"resultType":"complete","ttlMs":0,"cacheScope":"private""#,
+        false => br#"{"resultType":"complete""#,
+    }));
+    if rest.trim_ascii_start().first() != Some(&b'}') {
+        chunks.push(Bytes::from_static(b","));
+    }
+    chunks.push(rest);
+}
+
+/// Strict legacy clients refuse the marks.
+fn legacy_result(json: Bytes) -> Bytes {
+    if let Some(rest) = json.strip_prefix(br#"{"resultType":"complete","#) {
+        if !has_marks(rest) {
+            return [b"{", rest].concat().into();
+        }
+    } else if !has_marks(&json) {
+        return json;
+    }
+    let Ok(mut result) = RawObject::parse(json.clone()) else { return json };
+    for mark in ["resultType", "ttlMs", "cacheScope"] {
+        result.remove(mark);
+    }
+    result.into_bytes()
+}
+
+fn has_marks(json: &[u8]) -> bool {
+    [b"\"resultType\"".as_slice(), b"\"ttlMs\"", b"\"cacheScope\""]
+        .iter()
+        .any(|mark| memmem::find(json, mark).is_some())
+}
+
+/// "No such resource" has a code of its own in the legacy era only.
+fn translate_error(error: RpcError, method: &Method, era: Era) -> RpcError {
+    if *method != Method::ResourcesRead {
+        return error;
+    }
+    let data = RawObject::parse(error.as_bytes().clone()).ok().and_then(|e| e.get_object("data"));
+    let uri = data.and_then(|data| Some(data.get_string("uri")?.into_owned()));
+    let to = match (era, error.code(), &uri) {
+        (Era::Modern, code::LEGACY_RESOURCE_NOT_FOUND, _) => code::INVALID_PARAMS,
+        (Era::Legacy, code::INVALID_PARAMS, Some(_)) => code::LEGACY_RESOURCE_NOT_FOUND,
+        _ => return error,
+    };
+    let translated = RpcError::new(to, error.message());
+    match uri {
+        Some(uri) => translated.with_data(&json!({ "uri": uri })),
+        None => translated,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(payload: Payload, method: Method, era: Era) -> String {
+        let chunks = response(&RequestId::from(1), &method, payload, era);
+        String::from_utf8(join(&chunks.0).to_vec()).unwrap()
+    }
+
+    fn raw(json: &'static str) -> Payload {
+        Payload::Raw(Bytes::from_static(json.as_bytes()))
+    }
+
+    #[test]
+    fn a_modern_client_gets_the_marks_once() {
+        let call = |json| text(raw(json), Method::ToolsCall, Era::Modern);
+        assert_eq!(call("{}"), r#"{"jsonrpc":"2.0","id":1,"result":{"resultType":"complete"}}"#);
+        assert_eq!(
+            call(r#"{"a":1e400}"#),
+            r#"{"jsonrpc":"2.0","id":1,"result":{"resultType":"complete","a":1e400}}"#
+        );
+        let marked = r#"{"content":[],"resultType":"input_required"}"#;
+        assert_eq!(call(marked), format!(r#"{{"jsonrpc":"2.0","id":1,"result":{marked}}}"#));
+        let nested = r#"{"structuredContent":{"resultType":"x"}}"#;
+        assert!(call(nested).contains(r#""result":{"resultType":"complete","structuredContent""#));
+    }
+
+    #[test]
+    fn a_read_gets_cache_hints_unless_it_has_some() {
+        let read = |json| text(raw(json), Method::ResourcesRead, Era::Modern);
+        assert!(read(r#"{"contents":[]}"#).contains(r#""ttlMs":0,"cacheScope":"private","contents""#));
+        assert_eq!(read(r#"{"contents":[],"ttlMs":5}"#).matches("ttlMs").count(), 1);
+    }
+
+    #[test]
+    fn a_legacy_client_gets_none_of_them() {
+        let read = |json| text(raw(json), Method::ResourcesRead, Era::Legacy);
+        let bare = r#"{"jsonrpc":"2.0","id":1,"result":{"contents":[]}}"#;
+        assert_eq!(read(r#"{"resultType":"complete","contents":[]}"#), bare);
+        assert_eq!(read(r#"{"contents":[],"ttlMs":0,"cacheScope":"public","resultType":"complete"}"#), bare);
+        assert_eq!(read(r#"{"contents":[]}"#), bare);
+    }
+
+    #[test]
+    fn no_such_resource_has_the_code_of_the_era() {
+        let error = |code| Payload::Error(RpcError::new(code, "no").with_data(&json!({ "uri": "a:b" })));
+        assert!(text(error(-32602), Method::ResourcesRead, Era::Legacy).contains("-32002"));
+        assert!(text(error(-32002), Method::ResourcesRead, Era::Modern).contains("-32602"));
+        assert!(text(error(-32602), Method::ToolsCall, Era::Legacy).contains("-32602"));
+    }
+}

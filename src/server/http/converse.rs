@@ -1,0 +1,188 @@
+//! A call that has something to say, or to ask, before its result: with a legacy client.
+//!
+//! Questions reach the client as requests on the call's own stream, whatever era the upstream is of: a legacy
+//! upstream's as they come, a modern upstream's `input_required` by asking, and calling again with the answers.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, future::join_all};
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc;
+
+use super::{answer, answer::Chunks, call, session::Session};
+use crate::{
+    McpService,
+    protocol::{
+        Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId, RpcError,
+        ServerRequest, code,
+    },
+};
+
+/// An upstream that still wants input after this many rounds will never have enough.
+const MOST_ROUNDS: usize = 16;
+/// A person may think this long over one question.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10 * 60);
+
+/// One call of one legacy client.
+pub(super) struct Conversation<S> {
+    pub(super) service: S,
+    pub(super) session: Arc<Session>,
+    pub(super) id: RequestId,
+    pub(super) request: McpRequest,
+    /// The stream. The client may be gone; the call is not.
+    pub(super) sender: mpsc::Sender<Chunks>,
+}
+
+/// Whether a result is `input_required`.
+pub(super) fn wants_input(payload: &Payload) -> bool {
+    let Payload::Raw(json) = payload else { return false };
+    memchr::memmem::find(json, b"\"input_required\"").is_some()
+        && payload.to_object().is_some_and(|r| r.get("resultType") == Some("\"input_required\""))
+}
+
+impl<S: McpService> Conversation<S> {
+    /// Runs it to its result.
+    pub(super) async fn run(self, first: Payload) {
+        let mut payload = self.settle(first).await;
+        for _ in 0..MOST_ROUNDS {
+            if !wants_input(&payload) {
+                break;
+            }
+            payload = match self.retry(payload.to_object()).await {
+                Ok(request) => {
+                    let again = call(self.service.clone(), request).await.into_payload();
+                    self.settle(again).await
+                }
+                Err(error) => Payload::Error(error),
+            };
+        }
+        if wants_input(&payload) {
+            let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
+            payload = Payload::Error(error);
+        }
+        self.say(answer::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
+    }
+
+    /// Passes everything before the result on.
+    async fn settle(&self, payload: Payload) -> Payload {
+        let Payload::Stream(frames) = payload else { return payload };
+        match self.drive(frames).await {
+            Some(payload) => payload,
+            None => Payload::Error(RpcError::new(code::INTERNAL_ERROR, "internal error")),
+        }
+    }
+
+    async fn drive(&self, mut frames: FrameStream) -> Option<Payload> {
+        while let Some(frame) = frames.next().await {
+            match frame {
+                Ok(Frame::Notification(notification)) => self.say(answer::notification(&notification)).await,
+                Ok(Frame::Request(ServerRequest { method, params, reply })) => {
+                    self.pass_on(method, params, reply).await
+                }
+                Ok(Frame::Final(payload)) => return Some(payload),
+                Err(error) => {
+                    tracing::warn!(%error, "a stream failed");
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    /// The answer comes with a POST of its own and finds its way by its number.
+    async fn pass_on(&self, method: Method, params: Params, reply: Reply) {
+        match self.can_answer(&method, &params) {
+            Ok(()) => {
+                let id = RequestId::from(self.session.ask(reply));
+                self.say(answer::request(&id, &method, &params)).await;
+            }
+            Err(error) => reply.refuse(error),
+        }
+    }
+
+    /// The call again, with what the client answered.
+    async fn retry(&self, wanted: Option<RawObject>) -> Result<McpRequest, RpcError> {
+        let garbled =
+            |_| RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input in a way that cannot be read");
+        let wanted = wanted.ok_or(()).map_err(garbled)?;
+        let questions = match wanted.get_bytes("inputRequests") {
+            Some(questions) => RawObject::parse(questions).map_err(|_| garbled(()))?,
+            None => RawObject::empty(),
+        };
+        let asked = questions.iter().map(|(key, question)| self.ask(key, question.to_owned().into()));
+        let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut responses = RawObject::empty();
+        for (key, answer) in &answers {
+            responses.set(key, crate::upstream::translate::text(answer));
+        }
+        let mut params = self.request.params().clone();
+        params.object_mut().set("inputResponses", responses.as_str());
+        match wanted.get("requestState") {
+            Some(state) => params.object_mut().set("requestState", state),
+            None => params.object_mut().remove("requestState"),
+        }
+        let mut request = self.request.clone();
+        request.set_params(params);
+        Ok(request)
+    }
+
+    /// Asks one question and waits for its answer.
+    async fn ask(&self, key: &str, question: Bytes) -> Result<(String, Bytes), RpcError> {
+        let garbled =
+            || RpcError::new(code::BAD_UPSTREAM, format!("the upstream's question {key:?} cannot be read"));
+        let question = RawObject::parse(question).map_err(|_| garbled())?;
+        let method = Method::from(&*question.get_string("method").ok_or_else(garbled)?);
+        let params = match question.get_bytes("params") {
+            Some(params) => Params::parse(params).map_err(|_| garbled())?,
+            None => Params::default(),
+        };
+        self.can_answer(&method, &params)?;
+        let (reply, answer) = Reply::new();
+        let number = self.session.ask(reply);
+        self.say(answer::request(&RequestId::from(number), &method, &params)).await;
+        let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
+        self.session.withdraw(number);
+        match answer {
+            Ok(Ok(Payload::Raw(result))) => Ok((key.to_owned(), result)),
+            // A person who cannot be asked has not agreed.
+            Ok(Ok(Payload::Error(_))) | Err(_) if method == Method::Elicit => {
+                Ok((key.to_owned(), Bytes::from_static(br#"{"action":"cancel"}"#)))
+            }
+            Ok(Ok(Payload::Error(error))) => Err(error),
+            _ => Err(RpcError::new(code::TIMED_OUT, format!("the client did not answer {method}"))),
+        }
+    }
+
+    /// A client is never asked what it did not say it can answer.
+    fn can_answer(&self, method: &Method, params: &Params) -> Result<(), RpcError> {
+        let needed = match method {
+            Method::CreateMessage => "sampling",
+            Method::Elicit => "elicitation",
+            Method::RootsList => "roots",
+            _ => {
+                return Err(RpcError::new(
+                    code::METHOD_NOT_FOUND,
+                    format!("clients cannot be asked {method}"),
+                ));
+            }
+        };
+        let capabilities: Value =
+            serde_json::from_slice(&self.request.caller().client.capabilities).unwrap_or_default();
+        let declared = capabilities.get(needed).is_some_and(Value::is_object);
+        // URL mode came later and is declared by itself.
+        let by_url = *method == Method::Elicit && params.get_string("mode").as_deref() == Some("url");
+        if declared && (!by_url || capabilities["elicitation"].get("url").is_some()) {
+            return Ok(());
+        }
+        let mut required = Map::new();
+        required.insert(needed.to_owned(), if by_url { json!({ "url": {} }) } else { json!({}) });
+        let error = RpcError::new(code::MISSING_CAPABILITY, format!("the client did not declare `{needed}`"));
+        Err(error.with_data(&json!({ "requiredCapabilities": required })))
+    }
+
+    async fn say(&self, message: Chunks) {
+        // Gone is gone; the call runs on, and its result is nobody's.
+        let _ = self.sender.send(message).await;
+    }
+}

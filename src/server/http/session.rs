@@ -1,0 +1,289 @@
+//! Legacy sessions: who opened one, and what waits in it.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::AbortHandle;
+use tokio::{sync::mpsc, time::Instant};
+
+use super::answer::Chunks;
+use crate::{
+    identity::{Caller, Principal, Scope},
+    protocol::{Reply, RequestId},
+};
+
+/// Messages for a GET stream that nobody reads; more are dropped.
+const OUTBOX: usize = 256;
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// All sessions of one door.
+pub(super) struct Sessions {
+    all: Arc<Mutex<HashMap<Arc<str>, Arc<Session>>>>,
+    most: usize,
+    idle: Duration,
+    sweeping: std::sync::Once,
+}
+
+/// One session.
+pub(super) struct Session {
+    /// Who asks; replaced when the client sets its log level.
+    caller: Mutex<Arc<Caller>>,
+    opened: Instant,
+    /// Milliseconds after `opened`.
+    last_used: AtomicU64,
+    state: Mutex<State>,
+}
+
+/// What most sessions have nothing of.
+#[derive(Default)]
+struct State {
+    /// How to cancel a request under way.
+    running: HashMap<RequestId, AbortHandle>,
+    /// Questions the client has not answered yet.
+    asked: HashMap<u64, Reply>,
+    next_question: u64,
+    outbox: Option<mpsc::Sender<Chunks>>,
+    /// What feeds the outbox: by resource, and under no resource the lists.
+    subscriptions: HashMap<Option<String>, AbortHandle>,
+}
+
+impl Sessions {
+    pub(super) fn new(most: usize, idle: Duration) -> Self {
+        Sessions { all: Arc::default(), most, idle, sweeping: std::sync::Once::new() }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Opens a session. `None` when there are too many.
+    pub(super) fn open(&self, caller: Caller) -> Option<Arc<str>> {
+        self.sweeping.call_once(|| drop(tokio::spawn(sweep(Arc::downgrade(&self.all), self.idle))));
+        let session = Session {
+            caller: Mutex::new(Arc::new(caller)),
+            opened: Instant::now(),
+            last_used: AtomicU64::new(0),
+            state: Mutex::default(),
+        };
+        let id = new_id();
+        let mut all = self.lock();
+        if all.len() >= self.most {
+            return None;
+        }
+        all.insert(id.clone(), Arc::new(session));
+        Some(id)
+    }
+
+    /// The session, if it is this principal's in this scope. An id is not a credential: anybody else's session is as
+    /// good as none.
+    pub(super) fn get(&self, id: &str, principal: &Principal, scope: &Scope) -> Option<Arc<Session>> {
+        let session = self.lock().get(id).cloned()?;
+        let caller = session.caller();
+        if caller.principal != *principal || caller.scope != *scope {
+            return None;
+        }
+        session.touch();
+        Some(session)
+    }
+
+    /// Ends a session and whatever is under way in it.
+    pub(super) fn end(&self, id: &str) {
+        let ended = self.lock().remove(id);
+        if let Some(session) = ended {
+            session.close();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Session>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// 192 bits nobody can guess.
+fn new_id() -> Arc<str> {
+    let mut bytes = [0u8; 24];
+    getrandom::fill(&mut bytes).expect("the system has random numbers");
+    URL_SAFE_NO_PAD.encode(bytes).into()
+}
+
+/// Ends the sessions that nobody has used for a while.
+async fn sweep(all: std::sync::Weak<Mutex<HashMap<Arc<str>, Arc<Session>>>>, idle: Duration) {
+    let mut tick = tokio::time::interval(SWEEP_EVERY.min(idle));
+    loop {
+        tick.tick().await;
+        let Some(all) = all.upgrade() else { return };
+        all.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, session| {
+            let keep = !session.is_idle(idle);
+            if !keep {
+                session.close();
+            }
+            keep
+        });
+    }
+}
+
+impl Session {
+    pub(super) fn caller(&self) -> Arc<Caller> {
+        self.caller.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The client wants log notifications from this level on.
+    pub(super) fn set_log_level(&self, level: bytes::Bytes) {
+        let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut caller).client.log_level = Some(level);
+    }
+
+    fn touch(&self) {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_used.store(now, Ordering::Relaxed);
+    }
+
+    /// Not used for that long, with nothing under way and nobody listening.
+    fn is_idle(&self, idle: Duration) -> bool {
+        let unused = self
+            .opened
+            .elapsed()
+            .saturating_sub(Duration::from_millis(self.last_used.load(Ordering::Relaxed)));
+        let state = self.state();
+        let listening = state.outbox.as_ref().is_some_and(|outbox| !outbox.is_closed());
+        unused >= idle && state.running.is_empty() && !listening
+    }
+
+    /// Remembers how to cancel a request. `false` when the id is under way already.
+    pub(super) fn start(&self, id: &RequestId, handle: AbortHandle) -> bool {
+        let mut state = self.state();
+        if state.running.contains_key(id) {
+            return false;
+        }
+        state.running.insert(id.clone(), handle);
+        true
+    }
+
+    /// The request is now something else to cancel.
+    pub(super) fn goes_on(&self, id: &RequestId, handle: AbortHandle) {
+        self.state().running.insert(id.clone(), handle);
+    }
+
+    pub(super) fn finish(&self, id: &RequestId) {
+        self.touch();
+        self.state().running.remove(id);
+    }
+
+    pub(super) fn cancel(&self, id: &RequestId) {
+        if let Some(handle) = self.state().running.remove(id) {
+            handle.abort();
+        }
+    }
+
+    /// Remembers a question; its number is its id on the wire.
+    pub(super) fn ask(&self, reply: Reply) -> u64 {
+        let mut state = self.state();
+        state.next_question += 1;
+        let number = state.next_question;
+        state.asked.insert(number, reply);
+        number
+    }
+
+    /// The question an answer belongs to.
+    pub(super) fn answered(&self, id: &RequestId) -> Option<Reply> {
+        self.state().asked.remove(&id.as_str().parse().ok()?)
+    }
+
+    /// Nobody waits for the answer any more.
+    pub(super) fn withdraw(&self, number: u64) {
+        self.state().asked.remove(&number);
+    }
+
+    /// Takes over as the stream for unsolicited messages; the one before ends.
+    pub(super) fn open_outbox(&self) -> mpsc::Receiver<Chunks> {
+        let (sender, receiver) = mpsc::channel(OUTBOX);
+        self.state().outbox = Some(sender);
+        receiver
+    }
+
+    /// Sends an unsolicited message, if anybody listens and keeps up.
+    pub(super) fn push(&self, message: Chunks) {
+        if let Some(outbox) = &self.state().outbox {
+            let _ = outbox.try_send(message);
+        }
+    }
+
+    /// Whether something feeds this subject already.
+    pub(super) fn is_subscribed(&self, subject: &Option<String>) -> bool {
+        self.state().subscriptions.contains_key(subject)
+    }
+
+    pub(super) fn subscribe(&self, subject: Option<String>, task: AbortHandle) {
+        if let Some(before) = self.state().subscriptions.insert(subject, task) {
+            before.abort();
+        }
+    }
+
+    pub(super) fn unsubscribe(&self, subject: &Option<String>) {
+        if let Some(task) = self.state().subscriptions.remove(subject) {
+            task.abort();
+        }
+    }
+
+    /// Ends everything in it.
+    fn close(&self) {
+        let state = std::mem::take(&mut *self.state());
+        state.subscriptions.values().chain(state.running.values()).for_each(AbortHandle::abort);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller() -> Caller {
+        (*Caller::anonymous()).clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_id_is_no_credential() {
+        let sessions = Sessions::new(10, Duration::from_secs(60));
+        let id = sessions.open(caller()).unwrap();
+        assert!(sessions.get(&id, &Principal::anonymous(), &Scope::Gateway).is_some());
+        assert!(sessions.get(&id, &Principal::named("eve"), &Scope::Gateway).is_none());
+        assert!(sessions.get(&id, &Principal::anonymous(), &Scope::Group("g".into())).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_session_goes_and_a_used_one_stays() {
+        let sessions = Sessions::new(10, Duration::from_secs(90));
+        let (used, idle) = (sessions.open(caller()).unwrap(), sessions.open(caller()).unwrap());
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            sessions.get(&used, &Principal::anonymous(), &Scope::Gateway).unwrap();
+        }
+        assert!(sessions.get(&idle, &Principal::anonymous(), &Scope::Gateway).is_none());
+        assert_eq!(sessions.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_is_a_cap() {
+        let sessions = Sessions::new(1, Duration::from_secs(60));
+        let id = sessions.open(caller()).unwrap();
+        assert!(sessions.open(caller()).is_none());
+        sessions.end(&id);
+        assert!(sessions.open(caller()).is_some());
+    }
+}

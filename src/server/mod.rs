@@ -1,0 +1,52 @@
+//! The doors: where clients come in.
+//!
+//! [`McpHttp`] is a plain tower service over HTTP requests and can be mounted anywhere; [`router`] mounts it where
+//! clients look for it, and [`Server`] is a listener with the limits an open port needs.
+//!
+//! ```no_run
+//! use portcullis::{gateway::Gateway, server};
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> std::io::Result<()> {
+//! let gateway = Gateway::builder().build();
+//! let server = server::Server::bind(([127, 0, 0, 1], 8000).into()).await?;
+//! server.serve(server::router(gateway), std::future::pending()).await
+//! # }
+//! ```
+
+mod http;
+mod listener;
+
+pub use http::{DoorBody, McpHttp, Options};
+pub use listener::{Draining, Server};
+
+use axum::{Router, extract::Path, extract::Request, response::IntoResponse as _, routing::any};
+use tower::ServiceExt as _;
+
+use crate::{McpService, identity::Scope};
+
+/// `/mcp`, `/mcp/` and `/mcp/g/{group}`, with the default [`Options`].
+pub fn router(service: impl McpService) -> Router {
+    mount(McpHttp::new(service))
+}
+
+/// The same for a door of one's own making.
+pub fn mount<S: McpService>(door: McpHttp<S>) -> Router {
+    let groups = door.clone();
+    let group = move |Path(group): Path<String>, mut request: Request| {
+        let door = groups.clone();
+        async move {
+            if !door.knows_group(&group) {
+                return (::http::StatusCode::NOT_FOUND, format!("unknown group `{group}`\n")).into_response();
+            }
+            request.extensions_mut().insert(Scope::Group(group.into()));
+            match door.oneshot(request).await {
+                Ok(response) => response.map(axum::body::Body::new),
+                Err(never) => match never {},
+            }
+        }
+    };
+    Router::new()
+        .route_service("/mcp", door.clone())
+        .route_service("/mcp/", door)
+        .route("/mcp/g/{group}", any(group))
+}

@@ -1,0 +1,654 @@
+//! Sessions at a legacy server.
+//!
+//! A session is made by `initialize`, belongs to one [`AffinityKey`], and ends when nobody can use it any more, or
+//! when the server says it does not know it: then the request, which was not processed, goes out once more on a new
+//! one.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use http::{
+    HeaderMap, HeaderValue, Method as HttpMethod, StatusCode, Uri,
+    header::{ACCEPT, CONTENT_TYPE},
+};
+use serde_json::json;
+use tokio::sync::broadcast;
+
+use super::{
+    Endpoint, Shared,
+    modern::answers,
+    sse::Events,
+    wire::{Answer, PROTOCOL_VERSION, SESSION_ID, post_headers},
+};
+use crate::{
+    BoxError,
+    error::{Fault, UpstreamError},
+    identity::{Affinity, AffinityKey, Caller, Client},
+    protocol::{
+        Frame, FrameStream, McpRequest, McpResponse, Message, Method, Notification, Params, Payload,
+        RawObject, Reply, RequestId, RpcError, ServerRequest, Unsolicited, code,
+    },
+    upstream::{
+        link::{Connection, Link},
+        translate::{self, ListenFilter, text},
+    },
+};
+
+/// Stray notifications that nobody has read yet; the oldest go first.
+const NOTIFICATIONS: usize = 64;
+const SWEEP_EVERY: Duration = Duration::from_secs(30);
+/// The stream for unsolicited messages is opened again after this long.
+const REOPEN_AFTER: Duration = Duration::from_secs(1);
+
+/// All sessions at one upstream.
+#[derive(Default)]
+pub(super) struct Sessions {
+    slots: Mutex<HashMap<AffinityKey, Arc<Slot>>>,
+    sweeping: AtomicBool,
+}
+
+/// The place of one session after another.
+struct Slot {
+    link: Arc<Link<Session>>,
+    /// What comes without belonging to a request.
+    stray: broadcast::Sender<Notification>,
+}
+
+/// One session.
+pub(super) struct Session {
+    shared: Weak<Shared>,
+    uri: Uri,
+    /// With version, session id and the configured ones.
+    headers: HeaderMap,
+    initialized: RawObject,
+    next_id: AtomicU64,
+    expired: AtomicBool,
+    stray: broadcast::Sender<Notification>,
+    listening: AtomicBool,
+    /// The level last set with `logging/setLevel`.
+    log_level: Mutex<Option<Bytes>>,
+}
+
+impl Connection for Session {
+    fn is_closed(&self) -> bool {
+        self.expired.load(Ordering::Relaxed)
+    }
+}
+
+/// Answers one request within the caller's session.
+pub(super) async fn call(
+    shared: &Arc<Shared>,
+    endpoint: &Arc<Endpoint>,
+    request: McpRequest,
+) -> Result<McpResponse, BoxError> {
+    let slot = shared.sessions.slot(shared, request.caller());
+    if request.extensions().get::<Unsolicited>().is_some() {
+        return Ok(McpResponse::new(Payload::Stream(unsolicited(slot.stray.subscribe()))));
+    }
+    let link = &slot.link;
+    for attempt in 0.. {
+        let (s, e, caller) = (shared.clone(), endpoint.clone(), request.caller().clone());
+        let stray = slot.stray.clone();
+        let session = link.get(|| async move { Session::open(&s, &e, &caller, stray).await }).await?;
+        let outcome = match request.method() {
+            Method::Discover => {
+                return Ok(McpResponse::raw(translate::discover_result(&session.initialized)));
+            }
+            Method::Listen => return Ok(session.listen(&request).await),
+            method if method.is_notification() => {
+                session.notify(method, &translate::legacy_params(&request)).await
+            }
+            _ => session.request(&request).await,
+        };
+        match outcome {
+            Err(Refusal::Expired) if attempt == 0 => link.discard(&session),
+            Err(Refusal::Expired) => {
+                let error = "it does not accept the session it just gave";
+                return Err(shared.wire.error(Fault::Garbled, error).into());
+            }
+            Err(Refusal::Failed(error)) => {
+                if error.fault == Fault::Unreachable {
+                    // Whatever comes back there may be of another era.
+                    endpoint.wrong.store(true, Ordering::Relaxed);
+                }
+                return Err(error.into());
+            }
+            Ok(response) => return Ok(response),
+        }
+    }
+    unreachable!("the second attempt returns")
+}
+
+/// What the session says without being asked, other than what the gateway tells by itself.
+fn unsolicited(stray: broadcast::Receiver<Notification>) -> FrameStream {
+    Box::pin(stream::unfold(stray, |mut stray| async move {
+        loop {
+            match stray.recv().await {
+                Ok(n) if is_list_change(&n.method) || n.method == Method::ResourceUpdated => {}
+                Ok(n) => return Some((Ok(Frame::Notification(n)), stray)),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }))
+}
+
+fn is_list_change(method: &Method) -> bool {
+    matches!(method, Method::ToolsChanged | Method::PromptsChanged | Method::ResourcesChanged)
+}
+
+/// Why a request got no answer.
+enum Refusal {
+    /// The session is not known any more; the request was not processed.
+    Expired,
+    Failed(UpstreamError),
+}
+
+impl From<UpstreamError> for Refusal {
+    fn from(e: UpstreamError) -> Self {
+        Refusal::Failed(e)
+    }
+}
+
+impl Sessions {
+    fn slot(&self, shared: &Arc<Shared>, caller: &Caller) -> Arc<Slot> {
+        if !self.sweeping.swap(true, Ordering::Relaxed) {
+            tokio::spawn(sweep(Arc::downgrade(shared)));
+        }
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || {
+            let link = Link::new(shared.wire.upstream().clone());
+            Arc::new(Slot { link, stray: broadcast::Sender::new(NOTIFICATIONS) })
+        };
+        slots.entry(AffinityKey::of(caller)).or_insert_with(new).clone()
+    }
+}
+
+/// Ends the sessions of clients that are gone.
+async fn sweep(shared: Weak<Shared>) {
+    let mut tick = tokio::time::interval(SWEEP_EVERY);
+    loop {
+        tick.tick().await;
+        let Some(shared) = shared.upgrade() else { return };
+        shared.sessions.slots.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| key.is_live());
+    }
+}
+
+impl Session {
+    async fn open(
+        shared: &Arc<Shared>,
+        endpoint: &Endpoint,
+        caller: &Caller,
+        stray: broadcast::Sender<Notification>,
+    ) -> Result<Session, UpstreamError> {
+        let wire = &shared.wire;
+        let id = RequestId::from(0);
+        let params = Params::from_value(&translate::initialize_params(&client_of(caller)));
+        let body = translate::request_json(&id, &Method::Initialize, &params);
+        let answer = wire.post(&endpoint.uri, post_headers(&endpoint.headers), body).await?;
+        let (answered, message) = match answer {
+            Answer::Json(headers, body) => (headers, body),
+            Answer::Events(headers, events) => (headers, first_response(shared, events).await?),
+            Answer::Accepted => return Err(wire.error(Fault::Garbled, "`initialize` had no answer")),
+            Answer::Refused(status, _, body) => {
+                // Nothing here speaks MCP now. Ask again for the era next time.
+                endpoint.wrong.store(true, Ordering::Relaxed);
+                return Err(wire.refused(status, &body));
+            }
+        };
+        let initialized = match Message::parse_response(message, &id) {
+            Ok(Message::Response { payload: Payload::Raw(result), .. }) => RawObject::parse(result),
+            Ok(Message::Response { payload: Payload::Error(error), .. }) => {
+                return Err(wire.error(Fault::Misconfigured, format!("`initialize` was refused: {error}")));
+            }
+            _ => return Err(wire.error(Fault::Garbled, "`initialize` was answered with something else")),
+        };
+        let initialized = initialized.map_err(|e| wire.error(Fault::Garbled, e))?;
+        let mut headers = endpoint.headers.clone();
+        let version = initialized.get_string("protocolVersion");
+        if let Some(version) = version.and_then(|v| HeaderValue::from_str(&v).ok()) {
+            headers.insert(PROTOCOL_VERSION, version);
+        }
+        if let Some(session) = answered.get(SESSION_ID) {
+            headers.insert(SESSION_ID, session.clone());
+        }
+        let session = Session {
+            shared: Arc::downgrade(shared),
+            uri: endpoint.uri.clone(),
+            headers,
+            initialized,
+            next_id: AtomicU64::new(1),
+            expired: AtomicBool::new(false),
+            stray,
+            listening: AtomicBool::new(false),
+            log_level: Mutex::default(),
+        };
+        match session.notify(&Method::Initialized, &Params::default()).await {
+            Ok(_) => Ok(session),
+            Err(Refusal::Failed(error)) => Err(error),
+            Err(Refusal::Expired) => Err(wire.error(Fault::Garbled, "it forgot the session at once")),
+        }
+    }
+
+    async fn request(self: &Arc<Self>, request: &McpRequest) -> Result<McpResponse, Refusal> {
+        if self.stray.receiver_count() > 0 {
+            self.start_listening();
+        }
+        self.follow_log_level(request).await;
+        let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let mut params = translate::legacy_params(request);
+        // Several clients may share the session; each must get its own progress.
+        let token = params.progress_token();
+        if token.is_some() {
+            if let Some(mut meta) = params.meta() {
+                meta.set("progressToken", id.as_str());
+                params.object_mut().set("_meta", meta.as_str());
+            }
+        }
+        let cancel = CancelOnDrop { session: self.clone(), id: Some(id.clone()) };
+        let body = translate::request_json(&id, request.method(), &params);
+        let answer = self.send(HttpMethod::POST, post_headers(&self.headers), body).await;
+        let shared = self.shared()?;
+        match answer? {
+            Answer::Json(_, body) => {
+                cancel.disarm();
+                match Message::parse_response(body, &id) {
+                    Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, &id) => {
+                        Ok(McpResponse::new(payload))
+                    }
+                    Ok(_) => Err(shared.wire.error(Fault::Garbled, "an answer to something else").into()),
+                    Err(e) => Err(shared.wire.error(Fault::Garbled, e).into()),
+                }
+            }
+            Answer::Events(_, events) => {
+                let reader =
+                    Reader { shared, session: self.clone(), events, id, token, cancel: Some(cancel) };
+                Ok(reader.answer().await?)
+            }
+            Answer::Accepted => {
+                cancel.disarm();
+                Err(shared.wire.error(Fault::Garbled, "an answer without a body").into())
+            }
+            Answer::Refused(status, _, body) => {
+                cancel.disarm();
+                Err(shared.wire.refused(status, &body).into())
+            }
+        }
+    }
+
+    async fn notify(&self, method: &Method, params: &Params) -> Result<McpResponse, Refusal> {
+        self.send(
+            HttpMethod::POST,
+            post_headers(&self.headers),
+            translate::notification_json(method, params),
+        )
+        .await?;
+        Ok(McpResponse::raw("{}"))
+    }
+
+    /// Sends, and tells a session that is not known any more from other refusals. The specification has 404 for it;
+    /// servers in the field say 400 with an error that answers no request.
+    async fn send(&self, method: HttpMethod, headers: HeaderMap, body: Bytes) -> Result<Answer, Refusal> {
+        let shared = self.shared()?;
+        let answer = shared.wire.send(method, &self.uri, headers, body).await?;
+        let expired = match &answer {
+            Answer::Refused(StatusCode::NOT_FOUND, ..) => true,
+            Answer::Refused(StatusCode::BAD_REQUEST, _, body) => {
+                matches!(Message::parse(body.clone()), Ok(Message::Response { id: None, .. }))
+            }
+            _ => false,
+        };
+        if expired && self.headers.contains_key(SESSION_ID) {
+            self.expired.store(true, Ordering::Relaxed);
+            return Err(Refusal::Expired);
+        }
+        match answer {
+            Answer::Refused(_, _, body) if is_rpc_error(&body) => Ok(Answer::Json(HeaderMap::new(), body)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Tells the server the level its one client wants. A shared session has many, and then nobody decides.
+    async fn follow_log_level(&self, request: &McpRequest) {
+        let caller = request.caller();
+        let (Affinity::Session(_), Some(level)) = (&caller.affinity, &caller.client.log_level) else {
+            return;
+        };
+        let logs = self.initialized.get_object("capabilities").is_some_and(|c| c.get("logging").is_some());
+        {
+            let mut current = self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
+            if !logs || current.as_ref() == Some(level) {
+                return;
+            }
+            *current = Some(level.clone());
+        }
+        let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let mut params = Params::default();
+        params.object_mut().set("level", text(level));
+        let body = translate::request_json(&id, &Method::SetLevel, &params);
+        if self.send(HttpMethod::POST, post_headers(&self.headers), body).await.is_err() {
+            tracing::debug!("the upstream did not take the log level");
+        }
+    }
+
+    /// The unsolicited notifications the filter wants, with the resources in it subscribed to.
+    async fn listen(self: &Arc<Self>, request: &McpRequest) -> McpResponse {
+        let filter = ListenFilter::of(request.params());
+        let notifications = self.stray.subscribe();
+        self.start_listening();
+        let mut subscribed = Vec::new();
+        for uri in &filter.uris {
+            if self.subscription(&Method::ResourcesSubscribe, uri).await {
+                subscribed.push(uri.clone());
+            }
+        }
+        let guard = Unsubscribe { session: self.clone(), uris: subscribed.clone() };
+        let filter = ListenFilter { uris: subscribed, ..filter };
+        let frames = translate::listen_stream(filter, notifications).inspect(move |_| {
+            let _held = &guard;
+        });
+        McpResponse::new(Payload::Stream(Box::pin(frames)))
+    }
+
+    fn start_listening(self: &Arc<Self>) {
+        if !self.listening.swap(true, Ordering::Relaxed) {
+            tokio::spawn(keep_listening(Arc::downgrade(self)));
+        }
+    }
+
+    async fn subscription(self: &Arc<Self>, method: &Method, uri: &str) -> bool {
+        let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let body = translate::request_json(&id, method, &Params::from_value(&json!({ "uri": uri })));
+        let answer = match self.send(HttpMethod::POST, post_headers(&self.headers), body).await {
+            Ok(Answer::Json(_, body)) => body,
+            Ok(Answer::Events(_, events)) => match self.shared() {
+                Ok(shared) => first_response(&shared, events).await.unwrap_or_default(),
+                Err(_) => return false,
+            },
+            _ => return false,
+        };
+        matches!(Message::parse(answer), Ok(Message::Response { payload: Payload::Raw(_), .. }))
+    }
+
+    /// Answers a question of the server.
+    async fn reply(&self, id: &RequestId, payload: Payload) {
+        let (member, body) = match payload.to_json() {
+            Some(Ok(result)) => ("result", result),
+            Some(Err(error)) => ("error", error.as_bytes().clone()),
+            None => return,
+        };
+        let message = [
+            b"{\"jsonrpc\":\"2.0\",\"id\":",
+            id.as_bytes().as_ref(),
+            b",\"",
+            member.as_bytes(),
+            b"\":",
+            &body,
+            b"}",
+        ]
+        .concat();
+        if self.send(HttpMethod::POST, post_headers(&self.headers), message.into()).await.is_err() {
+            tracing::debug!(id = id.as_str(), "the upstream did not take an answer");
+        }
+    }
+
+    fn shared(&self) -> Result<Arc<Shared>, Refusal> {
+        self.shared.upgrade().ok_or(Refusal::Expired)
+    }
+}
+
+/// The server learns that the session is over.
+impl Drop for Session {
+    fn drop(&mut self) {
+        let (Some(shared), Ok(runtime)) = (self.shared.upgrade(), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        if self.expired.load(Ordering::Relaxed) || !self.headers.contains_key(SESSION_ID) {
+            return;
+        }
+        let (uri, headers) = (self.uri.clone(), self.headers.clone());
+        runtime.spawn(async move {
+            // A refusal is fine: many servers do not let clients end sessions.
+            let _ = shared.wire.send(HttpMethod::DELETE, &uri, headers, Bytes::new()).await;
+        });
+    }
+}
+
+/// What the upstream is told of the client. One client's session has its name and what it can be asked; requests of
+/// several share a session of the gateway's own. Roots are left out: servers ask for them outside of any call, where
+/// nobody can tell whose they are.
+fn client_of(caller: &Caller) -> Client {
+    match caller.affinity {
+        Affinity::Shared => Client::gateway(),
+        Affinity::Session(_) => {
+            let mut client = caller.client.clone();
+            if let Ok(mut capabilities) = RawObject::parse(client.capabilities) {
+                capabilities.remove("roots");
+                client.capabilities = capabilities.into_bytes();
+            } else {
+                client.capabilities = Bytes::from_static(b"{}");
+            }
+            client
+        }
+    }
+}
+
+fn is_rpc_error(body: &Bytes) -> bool {
+    matches!(Message::parse(body.clone()), Ok(Message::Response { payload: Payload::Error(_), .. }))
+}
+
+/// The first response on a stream, as it came. For the gateway's own small questions.
+async fn first_response(shared: &Shared, mut events: Events) -> Result<Bytes, UpstreamError> {
+    while let Some(event) = events.next().await.map_err(|e| shared.wire.read_error(e))? {
+        if matches!(Message::parse(event.data.clone()), Ok(Message::Response { .. })) {
+            return Ok(event.data);
+        }
+    }
+    Err(shared.wire.error(Fault::Lost, "the stream ended before the answer"))
+}
+
+/// Holds the stream for unsolicited messages open as long as the session lives, if the server offers one.
+async fn keep_listening(session: Weak<Session>) {
+    while let Some(events) = open_stream(&session).await {
+        let mut events = events;
+        while let Ok(Some(event)) = events.next().await {
+            let Some(session) = session.upgrade() else { return };
+            session.take_stray(event.data).await;
+        }
+        tokio::time::sleep(REOPEN_AFTER).await;
+    }
+}
+
+async fn open_stream(session: &Weak<Session>) -> Option<Events> {
+    let session = session.upgrade()?;
+    let mut headers = session.headers.clone();
+    headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
+    headers.remove(CONTENT_TYPE);
+    match session.send(HttpMethod::GET, headers, Bytes::new()).await {
+        Ok(Answer::Events(_, events)) => Some(events),
+        _ => None,
+    }
+}
+
+impl Session {
+    /// A message that belongs to no request of ours.
+    async fn take_stray(&self, data: Bytes) {
+        match Message::parse(data) {
+            // Nobody may be listening; then nobody misses it.
+            Ok(Message::Notification { method, params }) => {
+                drop(self.stray.send(Notification { method, params }))
+            }
+            Ok(Message::Request { id, method: Method::Ping, .. }) => {
+                self.reply(&id, Payload::Raw(Bytes::from_static(b"{}"))).await;
+            }
+            Ok(Message::Request { id, .. }) => {
+                let error = RpcError::new(code::METHOD_NOT_FOUND, "nobody can be asked outside of a call");
+                self.reply(&id, Payload::Error(error)).await;
+            }
+            Ok(Message::Response { .. }) | Err(_) => {}
+        }
+    }
+}
+
+/// Ends subscriptions with the stream they were for.
+struct Unsubscribe {
+    session: Arc<Session>,
+    uris: Vec<String>,
+}
+
+impl Drop for Unsubscribe {
+    fn drop(&mut self) {
+        let (session, uris) = (self.session.clone(), std::mem::take(&mut self.uris));
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if !uris.is_empty() {
+            runtime.spawn(async move {
+                for uri in uris {
+                    session.subscription(&Method::ResourcesUnsubscribe, &uri).await;
+                }
+            });
+        }
+    }
+}
+
+/// A legacy server goes on working when the connection ends; it must be told.
+struct CancelOnDrop {
+    session: Arc<Session>,
+    id: Option<RequestId>,
+}
+
+impl CancelOnDrop {
+    fn disarm(mut self) {
+        self.id = None;
+    }
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        let (Some(id), Ok(runtime)) = (self.id.take(), tokio::runtime::Handle::try_current()) else { return };
+        let session = self.session.clone();
+        runtime.spawn(async move {
+            let mut params = Params::default();
+            params.object_mut().set("requestId", id.as_str());
+            let _ = session.notify(&Method::Cancelled, &params).await;
+        });
+    }
+}
+
+/// The stream that answers one request.
+struct Reader {
+    shared: Arc<Shared>,
+    session: Arc<Session>,
+    events: Events,
+    id: RequestId,
+    /// The client's own progress token.
+    token: Option<Bytes>,
+    cancel: Option<CancelOnDrop>,
+}
+
+impl Reader {
+    /// A stream whose first event is the result is no stream.
+    async fn answer(mut self) -> Result<McpResponse, UpstreamError> {
+        match self.next().await? {
+            Frame::Final(payload) => Ok(McpResponse::new(payload)),
+            first => Ok(McpResponse::new(Payload::Stream(self.into_frames(first)))),
+        }
+    }
+
+    fn into_frames(self, first: Frame) -> FrameStream {
+        let rest = stream::unfold(Some(self), |reader| async move {
+            let mut reader = reader?;
+            let frame = reader.next().await;
+            let more = matches!(frame, Ok(Frame::Notification(_) | Frame::Request(_)));
+            Some((frame.map_err(Into::into), more.then_some(reader)))
+        });
+        Box::pin(stream::iter([Ok(first)]).chain(rest))
+    }
+
+    async fn next(&mut self) -> Result<Frame, UpstreamError> {
+        let shared = self.shared.clone();
+        let wire = &shared.wire;
+        loop {
+            let event = self.events.next().await.map_err(|e| wire.read_error(e))?;
+            let Some(event) = event else {
+                self.disarm();
+                return Err(wire.error(Fault::Lost, "the stream ended before the result"));
+            };
+            match Message::parse_response(event.data.clone(), &self.id) {
+                Ok(Message::Notification { method, params }) => match method {
+                    method if is_list_change(&method) || method == Method::ResourceUpdated => {
+                        self.session.take_stray(event.data).await;
+                    }
+                    method => return Ok(Frame::Notification(self.own(Notification { method, params }))),
+                },
+                Ok(Message::Response { id, payload }) if answers(&id, &payload, &self.id) => {
+                    self.disarm();
+                    return Ok(Frame::Final(payload));
+                }
+                Ok(Message::Response { .. }) => {
+                    return Err(wire.error(Fault::Garbled, "an answer to something else"));
+                }
+                Ok(Message::Request { id, method: Method::Ping, .. }) => {
+                    self.session.reply(&id, Payload::Raw(Bytes::from_static(b"{}"))).await;
+                }
+                Ok(Message::Request { id, method, params }) => {
+                    return Ok(Frame::Request(self.question(id, method, params)));
+                }
+                Err(e) => return Err(wire.error(Fault::Garbled, e)),
+            }
+        }
+    }
+
+    /// A notification under the client's own progress token.
+    fn own(&self, mut notification: Notification) -> Notification {
+        let ours = notification.params.get("progressToken") == Some(self.id.as_str());
+        if let (true, Some(token)) = (ours, &self.token) {
+            notification.params.object_mut().set("progressToken", text(token));
+        }
+        notification
+    }
+
+    /// A question on its way to the client. Its answer goes back to this session, whatever becomes of the stream.
+    fn question(&self, id: RequestId, method: Method, params: Params) -> ServerRequest {
+        let (reply, answer) = Reply::new();
+        let session = self.session.clone();
+        tokio::spawn(async move {
+            if let Ok(payload) = answer.await {
+                session.reply(&id, payload).await;
+            }
+        });
+        ServerRequest { method, params, reply }
+    }
+
+    fn disarm(&mut self) {
+        if let Some(cancel) = self.cancel.take() {
+            cancel.disarm();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::SessionToken;
+
+    #[test]
+    fn a_clients_name_and_abilities_reach_its_own_session_only() {
+        let client = Client {
+            capabilities: Bytes::from_static(br#"{"roots":{},"sampling":{}}"#),
+            ..Client::gateway()
+        };
+        let caller = Caller { client, ..(*Caller::anonymous()).clone() };
+        assert_eq!(client_of(&caller).capabilities, "{}");
+        let own = Caller { affinity: Affinity::Session(SessionToken::new()), ..caller };
+        assert_eq!(client_of(&own).capabilities, r#"{"sampling":{}}"#);
+    }
+}

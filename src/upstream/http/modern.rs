@@ -1,0 +1,173 @@
+//! One POST a request, and nothing to remember.
+
+use std::sync::Arc;
+
+use futures_util::stream;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use serde_json::Value;
+
+use super::{
+    Endpoint, Shared,
+    sse::Events,
+    wire::{Answer, MCP_METHOD, MCP_NAME, PROTOCOL_VERSION, post_headers},
+};
+use crate::{
+    BoxError,
+    error::{Fault, UpstreamError},
+    layers::Route,
+    protocol::{
+        Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
+        Params, Payload, ProtocolVersion, RawObject, RequestId, Unsolicited, encode_header,
+    },
+    upstream::translate,
+};
+
+/// Sends the request and reads the answer. Dropping it closes the connection, which is how a modern request is
+/// cancelled.
+pub(super) async fn call(
+    shared: &Arc<Shared>,
+    endpoint: &Arc<Endpoint>,
+    request: McpRequest,
+) -> Result<McpResponse, BoxError> {
+    if request.extensions().get::<Unsolicited>().is_some() {
+        // There is no such thing here: what is said belongs to a request.
+        return Ok(McpResponse::raw("{}"));
+    }
+    let params = translate::modern_params(&request, endpoint.version);
+    let mut headers = headers(post_headers(&endpoint.headers), endpoint.version, &request, &params);
+    add_param_headers(&mut headers, &request);
+    if request.id().is_none() && request.method().is_notification() {
+        let body = translate::notification_json(request.method(), &params);
+        shared.wire.post(&endpoint.uri, headers, body).await?;
+        return Ok(McpResponse::raw("{}"));
+    }
+    // Every POST stands alone, so the client's own id does as well as any.
+    let id = request.id().cloned().unwrap_or_else(|| RequestId::from(1));
+    let body = translate::request_json(&id, request.method(), &params);
+    match shared.wire.post(&endpoint.uri, headers, body).await? {
+        Answer::Json(_, body) => Ok(McpResponse::new(response(shared, body, &id)?)),
+        Answer::Events(_, events) => first_of(Reader { shared: shared.clone(), events, id }).await,
+        Answer::Accepted => Err(shared.wire.error(Fault::Garbled, "an answer without a body").into()),
+        Answer::Refused(status, _, body) => match Message::parse(body.clone()) {
+            Ok(Message::Response { payload: Payload::Error(error), .. }) => {
+                let mut response = McpResponse::error(error);
+                let status = (status != StatusCode::OK).then_some(status);
+                response.extensions_mut().insert(HttpHint { status, ..HttpHint::default() });
+                Ok(response)
+            }
+            _ => {
+                // It may have become another server, of another era.
+                endpoint.wrong.store(true, std::sync::atomic::Ordering::Relaxed);
+                Err(shared.wire.refused(status, &body).into())
+            }
+        },
+    }
+}
+
+/// The headers that mirror the body.
+pub(super) fn headers(
+    mut headers: HeaderMap,
+    version: ProtocolVersion,
+    request: &McpRequest,
+    params: &Params,
+) -> HeaderMap {
+    headers.insert(PROTOCOL_VERSION, HeaderValue::from_static(version.as_str()));
+    if let Ok(method) = HeaderValue::from_str(request.method().as_str()) {
+        headers.insert(MCP_METHOD, method);
+    }
+    let name = request.method().name_member().and_then(|member| params.get_string(member));
+    if let Some(name) = name.and_then(|name| HeaderValue::from_str(&encode_header(&name)).ok()) {
+        headers.insert(MCP_NAME, name);
+    }
+    headers
+}
+
+/// `Mcp-Param-*`, made anew from the arguments: whatever the client sent, this is what they say now.
+fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
+    let Some(Route { definition: Some(definition), .. }) = request.extensions().get() else { return };
+    let Some(Ok(annotations)) = RawObject::parse(definition.clone()).ok().map(|d| ParamHeaders::of_tool(&d))
+    else {
+        return;
+    };
+    if annotations.is_empty() {
+        return;
+    }
+    let arguments = request.params().get_as::<Value>("arguments").and_then(Result::ok).unwrap_or_default();
+    for (name, value) in annotations.expected(&arguments) {
+        if let Some(Ok(value)) = value.map(|value| HeaderValue::from_str(&encode_header(&value))) {
+            headers.insert(name.clone(), value);
+        }
+    }
+}
+
+/// A JSON answer.
+fn response(shared: &Shared, body: bytes::Bytes, id: &RequestId) -> Result<Payload, UpstreamError> {
+    match Message::parse_response(body, id) {
+        Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, id) => Ok(payload),
+        Ok(_) => Err(shared.wire.error(Fault::Garbled, "an answer to something else")),
+        Err(e) => Err(shared.wire.error(Fault::Garbled, e)),
+    }
+}
+
+/// Whether an answer is one to `id`. An error may come without an id.
+pub(super) fn answers(answered: &Option<RequestId>, payload: &Payload, id: &RequestId) -> bool {
+    match answered {
+        Some(answered) => answered == id,
+        None => matches!(payload, Payload::Error(_)),
+    }
+}
+
+struct Reader {
+    shared: Arc<Shared>,
+    events: Events,
+    id: RequestId,
+}
+
+/// A stream whose first event is the result is no stream.
+async fn first_of(mut reader: Reader) -> Result<McpResponse, BoxError> {
+    match reader.next().await? {
+        Frame::Final(payload) => Ok(McpResponse::new(payload)),
+        first => Ok(McpResponse::new(Payload::Stream(reader.into_frames(first)))),
+    }
+}
+
+impl Reader {
+    fn into_frames(self, first: Frame) -> FrameStream {
+        use futures_util::StreamExt as _;
+        let rest = stream::unfold(Some(self), |reader| async move {
+            let mut reader = reader?;
+            let frame = reader.next().await;
+            let more = matches!(frame, Ok(Frame::Notification(_)));
+            Some((frame.map_err(Into::into), more.then_some(reader)))
+        });
+        Box::pin(stream::iter([Ok(first)]).chain(rest))
+    }
+
+    async fn next(&mut self) -> Result<Frame, UpstreamError> {
+        let wire = &self.shared.wire;
+        loop {
+            let event = self.events.next().await.map_err(|e| wire.read_error(e))?;
+            let Some(event) = event else {
+                return Err(wire.error(Fault::Lost, "the stream ended before the result"));
+            };
+            match Message::parse_response(event.data, &self.id) {
+                Ok(Message::Notification { method, params }) => {
+                    return Ok(Frame::Notification(Notification { method, params }));
+                }
+                Ok(Message::Response { id, payload }) if answers(&id, &payload, &self.id) => {
+                    return Ok(Frame::Final(payload));
+                }
+                Ok(Message::Response { .. }) => {
+                    return Err(wire.error(Fault::Garbled, "an answer to something else"));
+                }
+                // A modern server asks nothing on its own; it has been told so by the specification.
+                Ok(Message::Request { method, .. }) => log_stray(wire.upstream(), &method),
+                Err(e) => return Err(wire.error(Fault::Garbled, e)),
+            }
+        }
+    }
+}
+
+fn log_stray(upstream: &crate::protocol::ServerName, method: &Method) {
+    tracing::debug!(%upstream, %method, "left out a request on a modern stream");
+}

@@ -1,0 +1,222 @@
+//! HTTP towards an upstream: one pooled client, requests with the right headers, answers within limits.
+
+use std::{error::Error, fmt, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri,
+    header::{ACCEPT, CONTENT_TYPE, LOCATION},
+};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+
+use super::sse::Events;
+use crate::{
+    error::{Fault, UpstreamError},
+    protocol::ServerName,
+};
+
+/// A server that does not even accept a connection in this time is not there.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+const IDLE_CONNECTION: Duration = Duration::from_secs(60);
+/// A refusal's body is read this far: for the log, and to recognise a JSON-RPC error.
+const REFUSAL_LIMIT: usize = 64 * 1024;
+
+pub(super) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
+pub(super) const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
+pub(super) const MCP_METHOD: HeaderName = HeaderName::from_static("mcp-method");
+pub(super) const MCP_NAME: HeaderName = HeaderName::from_static("mcp-name");
+
+/// The client all requests to one upstream go through.
+pub(super) struct Wire {
+    upstream: ServerName,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// How large one message may be.
+    limit: usize,
+}
+
+/// An answer's status and what its body is.
+pub(super) enum Answer {
+    /// 2xx with one JSON message.
+    Json(HeaderMap, Bytes),
+    /// 2xx with a stream of them.
+    Events(HeaderMap, Events),
+    /// 2xx with nothing.
+    Accepted,
+    /// Anything else, with as much of the body as is worth reading.
+    Refused(StatusCode, HeaderMap, Bytes),
+}
+
+impl Wire {
+    pub(super) fn new(upstream: ServerName, limit: usize) -> Self {
+        let mut http = HttpConnector::new();
+        http.set_nodelay(true);
+        http.set_connect_timeout(Some(CONNECT_WITHIN));
+        http.enforce_http(false);
+        let https = HttpsConnectorBuilder::new()
+            .with_webpki_roots()
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(http);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_idle_timeout(IDLE_CONNECTION)
+            .pool_timer(TokioTimer::new())
+            .build(https);
+        Wire { upstream, client, limit }
+    }
+
+    /// Posts one message.
+    pub(super) async fn post(
+        &self,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, UpstreamError> {
+        self.send(Method::POST, uri, headers, body).await
+    }
+
+    /// Sends a request and reads as much of the answer as its kind needs.
+    pub(super) async fn send(
+        &self,
+        method: Method,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, UpstreamError> {
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = method;
+        *request.uri_mut() = uri.clone();
+        *request.headers_mut() = headers;
+        let response = self.client.request(request).await.map_err(|e| {
+            let fault = if e.is_connect() { Fault::Unreachable } else { Fault::Lost };
+            self.error(fault, e)
+        })?;
+        self.read(response).await
+    }
+
+    async fn read(&self, response: Response<Incoming>) -> Result<Answer, UpstreamError> {
+        let (parts, body) = response.into_parts();
+        if !parts.status.is_success() {
+            let body =
+                Limited::new(body, REFUSAL_LIMIT).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            return Ok(Answer::Refused(parts.status, parts.headers, body));
+        }
+        let kind = parts.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        if kind.eq_ignore_ascii_case("text/event-stream") {
+            return Ok(Answer::Events(parts.headers, Events::new(body, self.limit)));
+        }
+        let is_json = kind.eq_ignore_ascii_case("application/json");
+        let body = Limited::new(body, self.limit).collect().await.map_err(|e| match e.downcast() {
+            Ok(e) => self.read_error(ReadError::Cut(*e)),
+            Err(_) => self.read_error(TooLarge { limit: self.limit }.into()),
+        })?;
+        let body = body.to_bytes();
+        match (body.is_empty(), is_json) {
+            (true, _) => Ok(Answer::Accepted),
+            (false, true) => Ok(Answer::Json(parts.headers, body)),
+            (false, false) => Err(self.error(Fault::Garbled, format!("content type {kind:?}"))),
+        }
+    }
+
+    /// An error of this upstream.
+    pub(super) fn error(&self, fault: Fault, source: impl Into<crate::BoxError>) -> UpstreamError {
+        UpstreamError::new(&self.upstream, fault, source)
+    }
+
+    /// What went wrong while reading, as an error of this upstream.
+    pub(super) fn read_error(&self, error: ReadError) -> UpstreamError {
+        let fault = match error {
+            ReadError::Cut(_) => Fault::Lost,
+            ReadError::TooLarge(_) => Fault::TooLarge,
+        };
+        self.error(fault, error)
+    }
+
+    /// A refusal nobody expected.
+    pub(super) fn refused(&self, status: StatusCode, body: &Bytes) -> UpstreamError {
+        let fault = match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Fault::Unauthorized,
+            s if s.is_redirection() => Fault::Misconfigured,
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Fault::Misconfigured,
+            s if s.is_server_error() => Fault::Unreachable,
+            _ => Fault::Garbled,
+        };
+        let text: String = String::from_utf8_lossy(body).chars().take(200).collect();
+        self.error(fault, format!("HTTP {status}: {text}"))
+    }
+
+    pub(super) fn upstream(&self) -> &ServerName {
+        &self.upstream
+    }
+}
+
+/// The headers every POST has.
+pub(super) fn post_headers(extra: &HeaderMap) -> HeaderMap {
+    let mut headers = extra.clone();
+    headers.insert(ACCEPT, HeaderValue::from_static("application/json, text/event-stream"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers
+}
+
+/// Where a redirect leads, when it stays at the origin: credentials must not follow one elsewhere.
+pub(super) fn redirect(from: &Uri, headers: &HeaderMap) -> Option<Uri> {
+    let location = headers.get(LOCATION)?.to_str().ok()?;
+    let target: Uri = match location.starts_with('/') && !location.starts_with("//") {
+        true => format!("{}://{}{location}", from.scheme_str()?, from.authority()?).parse().ok()?,
+        false => location.parse().ok()?,
+    };
+    (target.scheme() == from.scheme() && target.authority() == from.authority()).then_some(target)
+}
+
+/// Why a body could not be read to its end.
+#[derive(Debug)]
+pub(super) enum ReadError {
+    /// The connection broke.
+    Cut(hyper::Error),
+    /// There is more than allowed.
+    TooLarge(TooLarge),
+}
+
+/// More than allowed.
+#[derive(Debug)]
+pub(super) struct TooLarge {
+    pub(super) limit: usize,
+}
+
+impl From<TooLarge> for ReadError {
+    fn from(e: TooLarge) -> Self {
+        ReadError::TooLarge(e)
+    }
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ReadError::Cut(_) => f.write_str("the connection broke"),
+            ReadError::TooLarge(e) => e.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for TooLarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a message of more than {} bytes", self.limit)
+    }
+}
+
+impl Error for TooLarge {}
+
+impl Error for ReadError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            ReadError::Cut(e) => Some(e),
+            ReadError::TooLarge(_) => None,
+        }
+    }
+}
