@@ -304,6 +304,39 @@ fn commands_that_meet_wait_for_each_other() {
 }
 
 #[test]
+fn no_child_outlives_whoever_started_it() {
+    let home = Home::new();
+    let pid_file = home.write("pid", "");
+    let script = format!("echo $$ > {}; while read -r line; do :; done", pid_file.display());
+    let child = || {
+        let pid = || fs::read_to_string(&pid_file).unwrap().trim().to_owned();
+        assert!(eventually(|| !pid().is_empty()), "the child starts");
+        Path::new("/proc").join(pid())
+    };
+    let forget = || fs::write(&pid_file, "").unwrap();
+    home.ok(&["add", "mute", "--", "sh", "-c", &script]);
+
+    home.ok(&["tools", "--wait", "0.5"]);
+    assert!(eventually(|| !child().exists()), "a command ends its children");
+    forget();
+    let daemon = home.serve(&[]);
+    let running = child();
+    assert!(running.exists());
+    assert_eq!(daemon.end("-TERM"), Some(0));
+    assert!(!running.exists(), "a daemon ends its children before it ends");
+    forget();
+    let daemon = home.serve(&[]);
+    let running = child();
+    daemon.kill();
+    assert!(eventually(|| !running.exists()), "a killed daemon's children end too");
+}
+
+fn eventually(happens: impl Fn() -> bool) -> bool {
+    let tries = std::iter::repeat_with(|| thread::sleep(Duration::from_millis(20)));
+    tries.take(250).any(|()| happens())
+}
+
+#[test]
 fn the_data_is_nobody_elses() {
     let home = Home::new();
     let _daemon = home.serve(&[]);

@@ -46,11 +46,13 @@ impl Local {
         .await
     }
 
-    /// Starts the gateway in this process, without doors.
-    pub(super) async fn desk(self) -> Result<Desk> {
+    /// Starts the gateway in this process, without doors, and ends it when the work is done.
+    pub(super) async fn at_desk<T>(self, work: impl AsyncFnOnce(&Desk) -> Result<T>) -> Result<T> {
         let naming = recall_naming(&self.registry);
         let app = App::start(self.registry, Settings { naming, ..Settings::default() });
-        Ok(Desk::new(app, true))
+        let outcome = work(&Desk::new(app.clone(), true)).await;
+        app.shutdown().await;
+        outcome
     }
 }
 

@@ -212,21 +212,21 @@ impl Control {
     /// Asks a server again what it offers.
     pub(super) async fn refresh(self, name: ServerName) -> Result<ServerView> {
         match self {
-            Control::Local(local) => local.desk().await?.refresh(&name).await,
+            Control::Local(local) => local.at_desk(async |desk| desk.refresh(&name).await).await,
             Control::Remote(remote) => remote.refresh(&name).await,
         }
     }
 
     pub(super) async fn tools(self, wait: Duration) -> Result<Tools> {
         match self {
-            Control::Local(local) => local.desk().await?.tools(wait).await,
+            Control::Local(local) => local.at_desk(async |desk| desk.tools(wait).await).await,
             Control::Remote(remote) => remote.tools(wait).await,
         }
     }
 
     pub(super) async fn call(self, call: Call) -> Result<Called> {
         match self {
-            Control::Local(local) => local.desk().await?.call(call).await,
+            Control::Local(local) => local.at_desk(async |desk| desk.call(call).await).await,
             Control::Remote(remote) => remote.call(call).await,
         }
     }
