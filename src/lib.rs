@@ -11,6 +11,8 @@ pub mod demo;
 pub mod error;
 pub mod gateway;
 pub mod identity;
+#[cfg(any(feature = "server", feature = "client"))]
+mod lane;
 pub mod layers;
 pub mod protocol;
 pub mod registry;

@@ -50,9 +50,10 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     start_log(matches!(cli.command, Command::Serve(_)))?;
     let serves = matches!(cli.command, Command::Serve(_));
+    // Connections have lanes of their own; what is left is little.
     let mut builder =
         if serves { runtime::Builder::new_multi_thread() } else { runtime::Builder::new_current_thread() };
-    let runtime = builder.enable_all().build().context("cannot start")?;
+    let runtime = builder.worker_threads(1).enable_all().build().context("cannot start")?;
     let outcome = runtime.block_on(dispatch(cli));
     // What is left are tasks that wait for something; the process does not.
     runtime.shutdown_timeout(Duration::from_millis(500));

@@ -92,7 +92,8 @@ async fn serve_doors(
             std::future::pending::<()>().await;
         }
     };
-    doors.serve(router, shutdown).await
+    let lanes = std::thread::available_parallelism().map_or(1, usize::from);
+    doors.lanes(lanes).serve(router, shutdown).await
 }
 
 /// Ends the upstreams, and what only the demonstration brought.

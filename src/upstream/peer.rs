@@ -370,7 +370,7 @@ fn untyped(notification: &ServerNotification) -> Option<Notification> {
 
 /// Puts the caller's own id where the peer's stands.
 fn name_subscription(params: &mut Params, own: Option<&RequestId>) {
-    if let (Some(own), Some(mut m)) = (own, params.meta()) {
+    if let (Some(own), Some(mut m)) = (own, params.meta().cloned()) {
         m.set(meta::SUBSCRIPTION_ID, own.as_str());
         params.object_mut().set("_meta", m.as_str());
     }

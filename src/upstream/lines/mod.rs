@@ -64,8 +64,7 @@ impl Lines {
 
     async fn forward(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, UpstreamError> {
         let mut params = self.params(&request);
-        let m = params.meta();
-        let token = m.as_ref().and_then(|m| m.get_bytes("progressToken"));
+        let token = params.progress_token();
         // A listener must not keep an upstream alive that nobody else wants any more.
         let (kind, keep) = match request.method() {
             Method::Listen => (Kind::Listen(request.id().cloned()), None),
@@ -73,7 +72,7 @@ impl Lines {
         };
         let ticket = self.wire.calls().register(token.clone(), kind)?;
         drop(self);
-        if let (Some(mut m), Some(_)) = (m, token) {
+        if let (Some(mut m), Some(_)) = (params.meta().cloned(), token) {
             m.set("progressToken", ticket.id().to_string());
             params.object_mut().set("_meta", m.as_str());
         }
