@@ -18,21 +18,22 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use arc_swap::ArcSwap;
+use futures_util::future::join_all;
 use tower::service_fn;
 
 use crate::{
-    BoxError, BoxMcpService, McpService,
+    BoxError, BoxMcpService, McpService, demo,
     error::{Fault, UpstreamError},
     gateway::{CatalogStore, Gateway},
     layers::AccessRules,
     protocol::{McpRequest, McpResponse, Naming, ServerName},
     registry::{CatalogRecord, Change, Registry, RegistryError, ServerRecord, Snapshot},
     stack::{self, Stack},
-    upstream::{HttpUpstream, Transport},
+    upstream::{HttpUpstream, StdioCommand, StdioUpstream, Transport, secret},
 };
 
 /// What an [`App`] is started with.
@@ -55,8 +56,14 @@ struct Shared {
     gateway: Gateway,
     rules: Arc<ArcSwap<AccessRules>>,
     service: BoxMcpService,
-    /// The records the gateway runs on.
-    applied: Mutex<HashMap<ServerName, Arc<ServerRecord>>>,
+    applied: Mutex<Applied>,
+}
+
+/// What the gateway runs on.
+#[derive(Default)]
+struct Applied {
+    records: HashMap<ServerName, Arc<ServerRecord>>,
+    children: HashMap<ServerName, StdioUpstream>,
 }
 
 impl App {
@@ -125,26 +132,41 @@ impl App {
         Ok(changed)
     }
 
+    /// Ends all child processes, and waits until they are gone. Nothing is served after that.
+    pub async fn shutdown(&self) {
+        let children = std::mem::take(&mut self.lock().children);
+        join_all(children.values().map(StdioUpstream::shutdown)).await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Applied> {
+        self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes the gateway what the registry says. Upstreams whose record did not change are not touched.
     pub fn apply(&self) {
-        let mut applied = self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut applied = self.lock();
         let snapshot = self.shared.registry.snapshot();
         let wanted: HashMap<ServerName, Arc<ServerRecord>> =
             snapshot.enabled().map(|server| (server.name.clone(), server.clone())).collect();
         // Rules first: a tool must not be seen for a moment before it is hidden.
         self.shared.rules.store(Arc::new(rules_of(&snapshot)));
-        for name in applied.keys().filter(|name| !wanted.contains_key(*name)) {
+        let Applied { records, children } = &mut *applied;
+        for name in records.keys().filter(|name| !wanted.contains_key(*name)) {
             self.shared.gateway.remove(name);
+            children.remove(name);
         }
         for server in snapshot.enabled() {
-            if applied.get(&server.name).is_none_or(|before| before.spec != server.spec) {
-                let client = client(server);
-                self.shared.gateway.put(server.name.clone(), stack::upstream(client, &server.spec));
+            if applied.records.get(&server.name).is_none_or(|before| before.spec != server.spec) {
+                let client = Client::of(server);
+                let service = stack::upstream(client.service, &server.spec);
+                self.shared.gateway.put(server.name.clone(), service);
+                applied.children.remove(&server.name);
+                applied.children.extend(client.child.map(|child| (server.name.clone(), child)));
             }
         }
         let order: Vec<ServerName> = snapshot.enabled().map(|server| server.name.clone()).collect();
         self.shared.gateway.reorder(&order);
-        *applied = wanted;
+        applied.records = wanted;
     }
 }
 
@@ -162,16 +184,38 @@ fn rules_of(snapshot: &Snapshot) -> AccessRules {
     rules
 }
 
-/// The client for a record's transport.
-fn client(server: &ServerRecord) -> BoxMcpService {
-    let name = server.name.clone();
-    match &server.spec.transport {
-        Transport::Http { url, headers } => headers
-            .iter()
-            .fold(HttpUpstream::new(name, url), |client, (name, value)| client.header(name, value))
-            .boxed_mcp(),
-        other => unsupported(name, other),
+/// A client, and what it takes to end it.
+struct Client {
+    service: BoxMcpService,
+    child: Option<StdioUpstream>,
+}
+
+impl Client {
+    /// The client for a record's transport.
+    fn of(server: &ServerRecord) -> Client {
+        let name = server.name.clone();
+        let transport = &server.spec.transport;
+        if let Some(command) = StdioCommand::of(transport) {
+            let child = StdioUpstream::new(name, command).with_resolver(Arc::new(resolve));
+            return Client { service: child.clone().boxed_mcp(), child: Some(child) };
+        }
+        let service = match transport {
+            Transport::Http { url, headers } => headers
+                .iter()
+                .fold(HttpUpstream::new(name, url), |client, (name, value)| client.header(name, value))
+                .boxed_mcp(),
+            Transport::Builtin { kind } => {
+                demo::service(kind).unwrap_or_else(|| unsupported(name, transport))
+            }
+            Transport::Sse { .. } | Transport::Stdio { .. } => unsupported(name, transport),
+        };
+        Client { service, child: None }
     }
+}
+
+/// References in a command are resolved when the child is started.
+fn resolve(text: &str) -> Result<String, BoxError> {
+    Ok(secret::expand(text, &secret::process_env)?.into_exposed())
 }
 
 /// Fails every request with one clear sentence.

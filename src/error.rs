@@ -71,6 +71,33 @@ impl fmt::Display for Elapsed {
 
 impl Error for Elapsed {}
 
+/// A layer says no, in words meant for the client. The type for layers of one's own: anything else a foreign layer
+/// fails with is an "internal error" to the client.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    /// What kind of refusal, in a word a program can compare: `budget_spent`.
+    pub code: Cow<'static, str>,
+    /// For whoever reads it, a model or a person.
+    pub message: String,
+    /// More, for programs.
+    pub details: serde_json::Value,
+}
+
+impl Refusal {
+    /// A refusal without details.
+    pub fn new(code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Refusal { code: code.into(), message: message.into(), details: serde_json::Value::Null }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Refusal {}
+
 /// As many requests as allowed are already under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Overloaded {

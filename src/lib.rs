@@ -3,10 +3,16 @@
 #[cfg(feature = "daemon")]
 pub mod app;
 #[cfg(feature = "daemon")]
+pub mod cli;
+#[cfg(feature = "daemon")]
 pub mod config;
+#[cfg(feature = "daemon")]
+pub mod demo;
 pub mod error;
 pub mod gateway;
 pub mod identity;
+#[cfg(any(feature = "server", feature = "client"))]
+mod lane;
 pub mod layers;
 pub mod protocol;
 pub mod registry;

@@ -44,8 +44,11 @@ pub const NO_COLOR: Variable =
 pub const HOME: Variable =
     Variable { name: "HOME", about: "where `~/.portcullis` is, and `${file:~/..}` looks" };
 
+/// Programs.
+pub const PATH: Variable = Variable { name: "PATH", about: "where programs of servers are looked for" };
+
 /// All of them.
-pub const ALL: &[Variable] = &[DATA_DIR, LOG, NO_COLOR, HOME];
+pub const ALL: &[Variable] = &[DATA_DIR, LOG, NO_COLOR, HOME, PATH];
 
 /// There is no home directory to put the data in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -87,7 +87,9 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
         let params = rename(request.params().clone(), &target, &route.own);
         request.set_params(params);
     }
-    request.extensions_mut().insert(route.clone());
+    if request.extensions().get::<Route>().is_none() {
+        request.extensions_mut().insert(route.clone());
+    }
     let response = service.oneshot(request).await?;
     Ok(match (renamed, target) {
         // The answer names the URI again; the client asked for another spelling.
@@ -116,16 +118,16 @@ async fn forward_unnamed(view: &View, request: McpRequest) -> Result<McpResponse
 fn rename(mut params: Params, target: &Target, own: &str) -> Params {
     let quoted = json!(own).to_string();
     match target {
-        Target::Tool(_) => params.object_mut().set("name", quoted),
+        Target::Tool(_) => params.set_keeping_meta("name", &quoted),
         Target::Prompt(_) | Target::Template(_) if params.get("ref").is_some() => {
             if let Some(mut reference) = params.get_object("ref") {
                 let member = if matches!(target, Target::Prompt(_)) { "name" } else { "uri" };
                 reference.set(member, quoted);
-                params.object_mut().set("ref", reference.as_str());
+                params.set_keeping_meta("ref", reference.as_str());
             }
         }
-        Target::Prompt(_) => params.object_mut().set("name", quoted),
-        _ => params.object_mut().set("uri", quoted),
+        Target::Prompt(_) => params.set_keeping_meta("name", &quoted),
+        _ => params.set_keeping_meta("uri", &quoted),
     }
     params
 }
@@ -153,11 +155,9 @@ fn rename_contents(payload: Payload, own: &str, exposed: &str) -> Payload {
 /// decided by them. Here is where the tool's definition is at hand.
 fn check_param_headers(request: &McpRequest, route: &Route) -> Result<(), BoxError> {
     let Some(MirroredHeaders(headers)) = request.extensions().get() else { return Ok(()) };
-    let Some(definition) = route.definition.clone().and_then(|d| RawObject::parse(d).ok()) else {
-        return Ok(());
-    };
-    // A tool whose annotations are invalid has none that bind.
-    let expected = ParamHeaders::of_tool(&definition).unwrap_or_default();
+    let Some(definition) = &route.definition else { return Ok(()) };
+    // A tool whose annotations are invalid is not listed; none of them bind.
+    let expected = ParamHeaders::of_definition(definition).unwrap_or_default();
     if expected.is_empty() {
         return Ok(());
     }

@@ -13,7 +13,9 @@ use super::{Catalog, Upstream};
 use crate::{
     BoxMcpService,
     layers::Route,
-    protocol::{Item, ItemKind, ItemList, Naming, ProtocolVersion, RawObject, ServerName, Target, meta},
+    protocol::{
+        Item, ItemKind, ItemList, Naming, ParamHeaders, ProtocolVersion, RawObject, ServerName, Target, meta,
+    },
 };
 
 /// The merged catalogs.
@@ -201,6 +203,10 @@ fn definitions_of<'a>(
                 tracing::warn!(%server, list = kind.member(), "left out an item without a name");
                 return None;
             };
+            if let (ItemKind::Tools, Err(why)) = (kind, ParamHeaders::of_definition(raw)) {
+                tracing::warn!(%server, tool = %own, why, "left out a tool");
+                return None;
+            }
             seen.insert(own.clone()).then_some((server.clone(), definition, own))
         })
     })

@@ -5,6 +5,7 @@
 //! the whole chain goes to the log.
 
 use std::{
+    borrow::Cow,
     error::Error,
     fmt,
     pin::Pin,
@@ -19,7 +20,9 @@ use tower::{Layer, Service};
 
 use crate::{
     BoxError, McpService,
-    error::{Elapsed, HeaderMismatch, InvalidParams, Overloaded, Unimplemented, Unknown, UpstreamError},
+    error::{
+        Elapsed, HeaderMismatch, InvalidParams, Overloaded, Refusal, Unimplemented, Unknown, UpstreamError,
+    },
     protocol::{Frame, HttpHint, McpRequest, McpResponse, Method, Payload, RpcError, Target, code},
 };
 
@@ -148,7 +151,7 @@ fn rescue_stream(response: McpResponse, asked: Asked) -> McpResponse {
 struct Verdict {
     code: i64,
     /// The word for `code` in a tool result.
-    word: &'static str,
+    word: Cow<'static, str>,
     public: String,
     details: Value,
     status: StatusCode,
@@ -189,6 +192,10 @@ impl Verdict {
         }
         if let Some(e) = find::<HeaderMismatch>(error) {
             return Verdict::refusal(code::HEADER_MISMATCH, StatusCode::BAD_REQUEST, e.to_string());
+        }
+        if let Some(e) = find::<Refusal>(error) {
+            let (word, public, details) = (e.code.clone(), e.message.clone(), e.details.clone());
+            return Verdict::failure(code::REFUSED, word, public, details, StatusCode::OK);
         }
         if let Some(e) = find::<Overloaded>(error) {
             let details = json!({ "limit": e.limit });
@@ -244,11 +251,18 @@ impl Verdict {
     /// The client's mistake: a protocol error, whatever the method.
     fn refusal(code: i64, status: StatusCode, public: String) -> Verdict {
         let (details, severity) = (Value::Null, Severity::Client);
-        Verdict { code, word: "invalid", public, details, status, in_tool_result: false, severity }
+        Verdict { code, word: "invalid".into(), public, details, status, in_tool_result: false, severity }
     }
 
     /// A failure: for a tool call, a result the model can read.
-    fn failure(code: i64, word: &'static str, public: String, details: Value, status: StatusCode) -> Verdict {
+    fn failure(
+        code: i64,
+        word: impl Into<Cow<'static, str>>,
+        public: String,
+        details: Value,
+        status: StatusCode,
+    ) -> Verdict {
+        let word = word.into();
         Verdict { code, word, public, details, status, in_tool_result: true, severity: Severity::Client }
     }
 

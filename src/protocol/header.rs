@@ -3,6 +3,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use http::HeaderName;
 use serde_json::Value;
 
@@ -54,11 +55,12 @@ pub struct ParamHeaders(Arc<[ParamHeader]>);
 impl ParamHeaders {
     /// Reads a tool's definition. An invalid annotation is an error: the specification wants such a tool dropped
     /// from the list by whoever talks HTTP to its server.
-    pub fn of_tool(tool: &RawObject) -> Result<Self, String> {
-        // Nearly no tool has one; do not parse a schema to learn that.
-        if memchr::memmem::find(tool.as_bytes(), b"x-mcp-header").is_none() {
+    pub fn of_definition(tool: &Bytes) -> Result<Self, String> {
+        // Nearly no tool has one; nothing is parsed to learn that.
+        if memchr::memmem::find(tool, b"x-mcp-header").is_none() {
             return Ok(Self::default());
         }
+        let Ok(tool) = RawObject::parse(tool.clone()) else { return Ok(Self::default()) };
         let Some(Ok(schema)) = tool.get_as::<Value>("inputSchema") else { return Ok(Self::default()) };
         let mut found = Vec::new();
         collect(&schema, &mut Vec::new(), &mut found)?;
@@ -161,7 +163,7 @@ mod tests {
 
     fn headers(schema: Value) -> Result<ParamHeaders, String> {
         let tool = json!({ "name": "t", "inputSchema": schema });
-        ParamHeaders::of_tool(&RawObject::parse(tool.to_string().into()).unwrap())
+        ParamHeaders::of_definition(&tool.to_string().into())
     }
 
     #[test]

@@ -157,7 +157,11 @@ impl RawObject {
     }
 
     fn find(&self, key: &str) -> Option<usize> {
-        self.members.iter().position(|m| self.key(m) == key)
+        self.members.iter().position(|m| match &m.key {
+            // Bytes against bytes: this is asked often, and needs no text.
+            Key::Span(span) => self.src[span.clone()] == *key.as_bytes(),
+            Key::Unescaped(text) => **text == *key,
+        })
     }
 
     fn key<'a>(&'a self, member: &'a Member) -> &'a str {

@@ -1,6 +1,9 @@
 //! One request on its way through the stack.
 
-use std::{ops::Deref, sync::Arc};
+use std::{
+    ops::Deref,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
 use http::Extensions;
@@ -115,23 +118,33 @@ impl McpRequest {
 }
 
 /// A message's params: an object, or nothing.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Params(Option<RawObject>);
+#[derive(Clone, Debug, Default)]
+pub struct Params {
+    object: Option<RawObject>,
+    /// `_meta`, once somebody asked for it: door and upstream client both do.
+    meta: OnceLock<Option<RawObject>>,
+}
+
+impl PartialEq for Params {
+    fn eq(&self, other: &Self) -> bool {
+        self.object == other.object
+    }
+}
 
 impl Params {
     /// From JSON text.
     pub fn parse(json: Bytes) -> Result<Self, serde_json::Error> {
-        RawObject::parse(json).map(|object| Params(Some(object)))
+        RawObject::parse(json).map(|object| Params { object: Some(object), meta: OnceLock::new() })
     }
 
     /// From a JSON object. Any other value gives no params.
     pub fn from_value(value: &serde_json::Value) -> Self {
-        Params(RawObject::parse(value.to_string().into()).ok())
+        Params { object: RawObject::parse(value.to_string().into()).ok(), meta: OnceLock::new() }
     }
 
     /// Whether the message has a `params` member.
     pub fn is_present(&self) -> bool {
-        self.0.is_some()
+        self.object.is_some()
     }
 
     /// A typed view, for instance one of [`rmcp::model`]'s. The bytes stay what they are.
@@ -146,12 +159,21 @@ impl Params {
 
     /// The object, to be changed; made when there is none.
     pub fn object_mut(&mut self) -> &mut RawObject {
-        self.0.get_or_insert_with(RawObject::empty)
+        self.meta = OnceLock::new();
+        self.object.get_or_insert_with(RawObject::empty)
     }
 
     /// `_meta`, scanned.
-    pub fn meta(&self) -> Option<RawObject> {
-        self.get_object("_meta")
+    pub fn meta(&self) -> Option<&RawObject> {
+        self.meta.get_or_init(|| self.get_object("_meta")).as_ref()
+    }
+
+    /// Replaces a member other than `_meta`; what is known of that stays.
+    pub(crate) fn set_keeping_meta(&mut self, key: &str, json: &str) {
+        debug_assert_ne!(key, "_meta");
+        let meta = std::mem::take(&mut self.meta);
+        self.object_mut().set(key, json);
+        self.meta = meta;
     }
 
     /// The progress token the sender wants notifications under, as JSON.
@@ -165,6 +187,6 @@ impl Deref for Params {
 
     fn deref(&self) -> &RawObject {
         static EMPTY: std::sync::LazyLock<RawObject> = std::sync::LazyLock::new(RawObject::empty);
-        self.0.as_ref().unwrap_or(&EMPTY)
+        self.object.as_ref().unwrap_or(&EMPTY)
     }
 }

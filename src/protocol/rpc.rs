@@ -29,6 +29,8 @@ pub mod code {
     /// The protocol version is not served here.
     pub const UNSUPPORTED_VERSION: i64 = -32022;
 
+    /// A layer refused the request.
+    pub const REFUSED: i64 = -31403;
     /// Too many requests at once for this upstream; try again.
     pub const OVERLOADED: i64 = -31429;
     /// The upstream answered something that is not MCP.

@@ -18,26 +18,27 @@ use crate::{
 /// Params for a modern upstream: `_meta` carries version, client and capabilities. A modern client wrote them
 /// itself, and then the bytes stay.
 pub(crate) fn modern_params(request: &McpRequest, version: ProtocolVersion) -> Params {
-    let mut params = request.params().clone();
-    let mut m = params.meta().unwrap_or_else(RawObject::empty);
     let client = &request.caller().client;
-    let before = m.as_bytes().clone();
+    let meta = request.params().meta();
     let quoted = format!("\"{version}\"");
-    if m.get(meta::PROTOCOL_VERSION) != Some(&quoted) {
-        m.set(meta::PROTOCOL_VERSION, quoted);
+    let has = |key: &str| meta.is_some_and(|m| m.get(key).is_some());
+    let mut added = Vec::new();
+    if meta.and_then(|m| m.get(meta::PROTOCOL_VERSION)) != Some(&quoted) {
+        added.push((meta::PROTOCOL_VERSION, quoted.as_str()));
     }
-    if m.get(meta::CLIENT_INFO).is_none() {
-        if let Some(info) = &client.info {
-            m.set(meta::CLIENT_INFO, text(info));
-        }
+    if let (false, Some(info)) = (has(meta::CLIENT_INFO), &client.info) {
+        added.push((meta::CLIENT_INFO, text(info)));
     }
-    if m.get(meta::CLIENT_CAPABILITIES).is_none() {
-        m.set(meta::CLIENT_CAPABILITIES, text(&client.capabilities));
+    if !has(meta::CLIENT_CAPABILITIES) {
+        added.push((meta::CLIENT_CAPABILITIES, text(&client.capabilities)));
     }
-    if let (None, Some(level)) = (m.get(meta::LOG_LEVEL), &client.log_level) {
-        m.set(meta::LOG_LEVEL, text(level));
+    if let (false, Some(level)) = (has(meta::LOG_LEVEL), &client.log_level) {
+        added.push((meta::LOG_LEVEL, text(level)));
     }
-    if *m.as_bytes() != before {
+    let mut params = request.params().clone();
+    if !added.is_empty() {
+        let mut m = meta.cloned().unwrap_or_else(RawObject::empty);
+        added.iter().for_each(|(key, json)| m.set(key, json));
         params.object_mut().set("_meta", m.as_str());
     }
     params
@@ -46,7 +47,7 @@ pub(crate) fn modern_params(request: &McpRequest, version: ProtocolVersion) -> P
 /// Params for a legacy upstream: without the `_meta` keys that session knows already.
 pub(crate) fn legacy_params(request: &McpRequest) -> Params {
     let mut params = request.params().clone();
-    let Some(mut m) = params.meta() else { return params };
+    let Some(mut m) = params.meta().cloned() else { return params };
     let before = m.len();
     for key in [meta::PROTOCOL_VERSION, meta::CLIENT_INFO, meta::CLIENT_CAPABILITIES, meta::LOG_LEVEL] {
         m.remove(key);

@@ -11,7 +11,7 @@ use proptest::{
 };
 use serde_json::json;
 
-use crate::support::{Answer, Gateway, Legacy, META, Modern, Request, Sent, Upstream, error, events, result};
+use crate::stage::{Answer, Gateway, Legacy, META, Modern, Request, Sent, Upstream, error, events, result};
 
 /// Everything typed code would lose: order, spaces, spellings, numbers too large for any number type.
 const PARAMS: &str = r#"{"zeta": 1e400 ,"name":"t", "arguments":{"b": 18446744073709551617, "a":[ 1.0,2.50 ],"\u0061é":"\u00e9\ud83d\ude00\/", "c" : null},"vendor":{"x":[ ]}"#;

@@ -17,7 +17,7 @@ use portcullis::{
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-use crate::support::{Fixture, Gateway, Modern, Probe, Upstream, error, eventually, result};
+use crate::stage::{Fixture, Gateway, Modern, Probe, Upstream, error, eventually, result};
 
 /// Says its own name to every call and read.
 async fn named(name: &'static str, tools: &[&str]) -> Upstream {

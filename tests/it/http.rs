@@ -8,7 +8,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::support::{Answer, Gateway, META, PATIENCE, Request, Upstream};
+use crate::stage::{Answer, Gateway, META, PATIENCE, Request, Upstream};
 
 const MIRRORED: &str = r#"{"name":"mirrored","inputSchema":{"type":"object","properties":{
     "region":{"type":"string","x-mcp-header":"Region"},"n":{"type":"integer","x-mcp-header":"N"}}}}"#;
@@ -311,7 +311,7 @@ async fn without_a_session_only_post_is_allowed() {
 #[tokio::test]
 async fn foreign_hosts_and_origins_are_kept_out_of_both_eras() {
     let house = House::open().await;
-    let initialize = || house.gateway.post(crate::support::Legacy::initialize("2025-11-25", json!({})));
+    let initialize = || house.gateway.post(crate::stage::Legacy::initialize("2025-11-25", json!({})));
     let get = || Request::new(house.gateway.address, Method::GET, "/mcp");
     for host in ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "evil.example:80"] {
         house.refuses(host, house.good().set("host", host), 403, -32600).await;

@@ -7,7 +7,7 @@ use portcullis::server::Options;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-use crate::support::{
+use crate::stage::{
     Answer, Fixture, Gateway, Legacy, PATIENCE, Probe, Request, Stream, Upstream, error, events, eventually,
     open_events, result,
 };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use portcullis::server::Options;
 use serde_json::{Value, json};
 
-use crate::support::{Fixture, Gateway, Probe, Request, Upstream, error, eventually, result};
+use crate::stage::{Fixture, Gateway, Probe, Request, Upstream, error, eventually, result};
 
 #[tokio::test]
 async fn a_call_reaches_upstreams_of_either_era() {
@@ -185,7 +185,7 @@ async fn what_is_denied_is_what_nobody_has_byte_for_byte() {
         let unknowing = client.ask(method, json!({ member: unknown })).await;
         assert_eq!(denial.refusal(), (200, -32602), "{denial}");
         assert_eq!(denial.text().replace(denied, unknown), unknowing.text());
-        let names = |answer: &crate::support::Answer| -> Vec<(String, String)> {
+        let names = |answer: &crate::stage::Answer| -> Vec<(String, String)> {
             let headers = answer.headers.iter().filter(|(name, _)| *name != "date");
             headers.map(|(name, value)| (name.to_string(), format!("{value:?}"))).collect()
         };

@@ -9,7 +9,7 @@ use axum::{body::Body, response::Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
-use crate::support::{Gateway, Script, Sent, Upstream, error, eventually, events, plain, result};
+use crate::stage::{Gateway, Script, Sent, Upstream, error, eventually, events, plain, result};
 
 /// A gateway in front of one that goes wrong and one that does not.
 struct House {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use memchr::memmem;
 use serde_json::json;
 
@@ -79,19 +79,14 @@ fn prefix(id: &RequestId, member: &[u8]) -> Bytes {
 fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method, era: Era) {
     match era {
         Era::Modern => push_modern(chunks, json, method),
-        Era::Legacy => chunks.push(legacy_result(json)),
+        Era::Legacy => chunks.push(legacy_result(json, method)),
     }
 }
 
-/// A legacy upstream's result has no marks; they are put in front. Nothing is scanned for that but the bytes of one
-/// word, and a result that has it somewhere is looked at properly.
+/// A legacy upstream's result has no marks; they are put in front.
 fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
-    if memmem::find(&json, b"\"resultType\"").is_some() {
-        let marked =
-            RawObject::parse(json.clone()).ok().is_none_or(|result| result.get("resultType").is_some());
-        if marked {
-            return chunks.push(json);
-        }
+    if is_marked(&json) {
+        return chunks.push(json);
     }
     let hinted = method.is_cacheable()
         && RawObject::parse(json.clone()).ok().is_none_or(|result| result.get("ttlMs").is_none());
@@ -107,26 +102,58 @@ fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
     chunks.push(rest);
 }
 
-/// Strict legacy clients refuse the marks.
-fn legacy_result(json: Bytes) -> Bytes {
-    if let Some(rest) = json.strip_prefix(br#"{"resultType":"complete","#) {
-        if !has_marks(rest) {
-            return [b"{", rest].concat().into();
-        }
-    } else if !has_marks(&json) {
+const COMPLETE: &[u8] = br#""resultType":"complete""#;
+
+/// Whether the result has a `resultType`. Where serializers put it, at either end, nothing is scanned; a result that
+/// has the word somewhere else is looked at properly.
+fn is_marked(json: &[u8]) -> bool {
+    begins_complete(json)
+        || ends_complete(json)
+        || (memmem::find(json, b"\"resultType\"").is_some()
+            && RawObject::parse(Bytes::copy_from_slice(json))
+                .is_ok_and(|result| result.get("resultType").is_some()))
+}
+
+fn begins_complete(json: &[u8]) -> bool {
+    json.strip_prefix(b"{").is_some_and(|rest| rest.starts_with(COMPLETE))
+}
+
+/// An unescaped quote cannot stand within a string, so these bytes before the last brace are its object's member.
+fn ends_complete(json: &[u8]) -> bool {
+    json.strip_suffix(b"}").is_some_and(|rest| rest.ends_with(COMPLETE))
+}
+
+/// Whether the result is one that says it is complete, or says nothing, as far as that can be told at a glance.
+pub(super) fn is_plainly_complete(json: &[u8]) -> bool {
+    begins_complete(json) || ends_complete(json) || memmem::find(json, b"\"input_required\"").is_none()
+}
+
+/// Strict legacy clients refuse the marks of the modern era. A result without the first of them is a legacy
+/// upstream's, and then the others are no marks.
+fn legacy_result(json: Bytes, method: &Method) -> Bytes {
+    if !is_marked(&json) {
         return json;
+    }
+    if !method.is_cacheable() {
+        // The usual case: one mark at one end, and the rest stays where it is.
+        if let Some(rest) = json.strip_prefix(br#"{"resultType":"complete","#) {
+            let mut out = BytesMut::with_capacity(rest.len() + 1);
+            out.put_u8(b'{');
+            out.put_slice(rest);
+            return out.freeze();
+        }
+        if let Some(rest) = json.strip_suffix(br#","resultType":"complete"}"#) {
+            let mut out = BytesMut::with_capacity(rest.len() + 1);
+            out.put_slice(rest);
+            out.put_u8(b'}');
+            return out.freeze();
+        }
     }
     let Ok(mut result) = RawObject::parse(json.clone()) else { return json };
     for mark in ["resultType", "ttlMs", "cacheScope"] {
         result.remove(mark);
     }
     result.into_bytes()
-}
-
-fn has_marks(json: &[u8]) -> bool {
-    [b"\"resultType\"".as_slice(), b"\"ttlMs\"", b"\"cacheScope\""]
-        .iter()
-        .any(|mark| memmem::find(json, mark).is_some())
 }
 
 /// "No such resource" has a code of its own in the legacy era only.

@@ -37,7 +37,7 @@ pub(super) struct Conversation<S> {
 /// Whether a result is `input_required`.
 pub(super) fn wants_input(payload: &Payload) -> bool {
     let Payload::Raw(json) = payload else { return false };
-    memchr::memmem::find(json, b"\"input_required\"").is_some()
+    !answer::is_plainly_complete(json)
         && payload.to_object().is_some_and(|r| r.get("resultType") == Some("\"input_required\""))
 }
 

@@ -29,7 +29,7 @@ pub(super) fn is_modern(head: &Head, message: &Message) -> bool {
         Message::Request { params, .. } | Message::Notification { params, .. } => params,
         Message::Response { .. } => return named_version(head).is_some_and(|v| !legacy(v)),
     };
-    if let Some(version) = params.meta().as_ref().and_then(|m| m.get_string(meta::PROTOCOL_VERSION)) {
+    if let Some(version) = params.meta().and_then(|m| m.get_string(meta::PROTOCOL_VERSION)) {
         return !legacy(&version);
     }
     match named_version(head) {
@@ -53,7 +53,10 @@ pub(super) async fn serve<S: McpService>(
 ) -> Result<Response<DoorBody>, Refused> {
     match message {
         Message::Request { id, method, params } => {
-            let request = admit(&head, &id, method, params)?;
+            let mut request = admit(&head, &id, method, params)?;
+            if *request.method() == Method::ToolsCall {
+                request.extensions_mut().insert(MirroredHeaders(Arc::new(head.headers)));
+            }
             answer_request(service, request, id, head.draining).await
         }
         Message::Notification { method, params } => {
@@ -103,11 +106,7 @@ fn admit(head: &Head, id: &RequestId, method: Method, params: Params) -> Result<
         client,
         affinity: Affinity::Shared,
     };
-    let mut request = McpRequest::new(method, params).with_id(id.clone()).with_caller(Arc::new(caller));
-    if request.method() == &Method::ToolsCall {
-        request.extensions_mut().insert(MirroredHeaders(Arc::new(head.headers.clone())));
-    }
-    Ok(request)
+    Ok(McpRequest::new(method, params).with_id(id.clone()).with_caller(Arc::new(caller)))
 }
 
 /// The request's context. The outer result is what to say when the version header is in order, too.
@@ -119,7 +118,7 @@ fn read_meta(params: &Params, id: &RequestId) -> Result<Result<Client, Refused>,
     let Some(version) = m.get_string(meta::PROTOCOL_VERSION) else {
         return Err(missing(meta::PROTOCOL_VERSION));
     };
-    Ok(client(&m, &version, id)
+    Ok(client(m, &version, id)
         .map_err(|refused| refused.unwrap_or_else(|| missing(meta::CLIENT_CAPABILITIES))))
 }
 
@@ -166,7 +165,7 @@ fn unsupported(id: &RequestId, requested: &str) -> Refused {
 }
 
 fn check_version_header(head: &Head, id: &RequestId, params: &Params) -> Result<(), Refused> {
-    let version = params.meta().and_then(|m| Some(m.get_string(meta::PROTOCOL_VERSION)?.into_owned()));
+    let version = params.meta().and_then(|m| m.get_string(meta::PROTOCOL_VERSION));
     check_header(head, VERSION_HEADER, version.as_deref())
         .map_err(|message| invalid(Some(id.clone()), code::HEADER_MISMATCH, message))
 }
@@ -256,7 +255,7 @@ fn subscription(frames: FrameStream, id: RequestId, draining: Option<Draining>) 
 }
 
 fn tagged(mut notification: Notification, id: &RequestId) -> Notification {
-    let mut m = notification.params.meta().unwrap_or_else(RawObject::empty);
+    let mut m = notification.params.meta().cloned().unwrap_or_else(RawObject::empty);
     m.set(meta::SUBSCRIPTION_ID, id.as_str());
     notification.params.object_mut().set("_meta", m.as_str());
     notification
@@ -265,11 +264,7 @@ fn tagged(mut notification: Notification, id: &RequestId) -> Notification {
 /// Done when the server is about to end.
 pub(super) async fn drained(draining: Option<Draining>) {
     match draining {
-        Some(Draining(mut draining)) => {
-            if draining.wait_for(|now| *now).await.is_err() {
-                future::pending().await
-            }
-        }
+        Some(draining) => draining.begins().await,
         None => future::pending().await,
     }
 }

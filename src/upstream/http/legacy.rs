@@ -248,7 +248,7 @@ impl Session {
         // Several clients may share the session; each must get its own progress.
         let token = params.progress_token();
         if token.is_some() {
-            if let Some(mut meta) = params.meta() {
+            if let Some(mut meta) = params.meta().cloned() {
                 meta.set("progressToken", id.as_str());
                 params.object_mut().set("_meta", meta.as_str());
             }

@@ -78,8 +78,10 @@ struct Spec {
 struct Endpoint {
     uri: Uri,
     headers: HeaderMap,
+    /// The same with what every POST has.
+    post: HeaderMap,
     version: ProtocolVersion,
-    /// The answer to the probe, which answers the first `server/discover` too.
+    /// It turned out to be another server now.
     wrong: AtomicBool,
 }
 
@@ -189,7 +191,8 @@ impl Shared {
             };
             let version = version.unwrap_or(ProtocolVersion::LATEST_LEGACY);
             tracing::debug!(upstream = %self.wire.upstream(), %version, "found the upstream's era");
-            return Ok(Endpoint { uri, headers, version, wrong: AtomicBool::new(false) });
+            let post = post_headers(&headers);
+            return Ok(Endpoint { uri, headers, post, version, wrong: AtomicBool::new(false) });
         }
         Err(self.wire.error(Fault::Misconfigured, "too many redirects"))
     }

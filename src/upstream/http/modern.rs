@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{
     Endpoint, Shared,
     sse::Events,
-    wire::{Answer, MCP_METHOD, MCP_NAME, PROTOCOL_VERSION, post_headers},
+    wire::{Answer, MCP_METHOD, MCP_NAME, PROTOCOL_VERSION},
 };
 use crate::{
     BoxError,
@@ -17,7 +17,7 @@ use crate::{
     layers::Route,
     protocol::{
         Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
-        Params, Payload, ProtocolVersion, RawObject, RequestId, Unsolicited, encode_header,
+        Params, Payload, ProtocolVersion, RequestId, Unsolicited, encode_header,
     },
     upstream::translate,
 };
@@ -34,7 +34,7 @@ pub(super) async fn call(
         return Ok(McpResponse::raw("{}"));
     }
     let params = translate::modern_params(&request, endpoint.version);
-    let mut headers = headers(post_headers(&endpoint.headers), endpoint.version, &request, &params);
+    let mut headers = headers(endpoint.post.clone(), endpoint.version, &request, &params);
     add_param_headers(&mut headers, &request);
     if request.id().is_none() && request.method().is_notification() {
         let body = translate::notification_json(request.method(), &params);
@@ -85,10 +85,7 @@ pub(super) fn headers(
 /// `Mcp-Param-*`, made anew from the arguments: whatever the client sent, this is what they say now.
 fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
     let Some(Route { definition: Some(definition), .. }) = request.extensions().get() else { return };
-    let Some(Ok(annotations)) = RawObject::parse(definition.clone()).ok().map(|d| ParamHeaders::of_tool(&d))
-    else {
-        return;
-    };
+    let Ok(annotations) = ParamHeaders::of_definition(definition) else { return };
     if annotations.is_empty() {
         return;
     }

@@ -1,6 +1,11 @@
 //! HTTP towards an upstream: one pooled client, requests with the right headers, answers within limits.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    sync::{LazyLock, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{
@@ -18,6 +23,7 @@ use hyper_util::{
 use super::sse::Events;
 use crate::{
     error::{Fault, UpstreamError},
+    lane,
     protocol::ServerName,
 };
 
@@ -32,13 +38,28 @@ pub(super) const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-i
 pub(super) const MCP_METHOD: HeaderName = HeaderName::from_static("mcp-method");
 pub(super) const MCP_NAME: HeaderName = HeaderName::from_static("mcp-name");
 
+/// More lanes than this share pools.
+const LANES: usize = 32;
+
+type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
 /// The client all requests to one upstream go through.
 pub(super) struct Wire {
     upstream: ServerName,
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// One pool a lane, made when it is first used.
+    clients: [OnceLock<HttpClient>; LANES],
     /// How large one message may be.
     limit: usize,
 }
+
+/// Shared by all upstreams: the certificates are the same.
+static CONNECTOR: LazyLock<HttpsConnector<HttpConnector>> = LazyLock::new(|| {
+    let mut http = HttpConnector::new();
+    http.set_nodelay(true);
+    http.set_connect_timeout(Some(CONNECT_WITHIN));
+    http.enforce_http(false);
+    HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().wrap_connector(http)
+});
 
 /// An answer's status and what its body is.
 pub(super) enum Answer {
@@ -54,20 +75,16 @@ pub(super) enum Answer {
 
 impl Wire {
     pub(super) fn new(upstream: ServerName, limit: usize) -> Self {
-        let mut http = HttpConnector::new();
-        http.set_nodelay(true);
-        http.set_connect_timeout(Some(CONNECT_WITHIN));
-        http.enforce_http(false);
-        let https = HttpsConnectorBuilder::new()
-            .with_webpki_roots()
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(http);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(IDLE_CONNECTION)
-            .pool_timer(TokioTimer::new())
-            .build(https);
-        Wire { upstream, client, limit }
+        Wire { upstream, clients: Default::default(), limit }
+    }
+
+    fn client(&self) -> &HttpClient {
+        self.clients[lane::current() % LANES].get_or_init(|| {
+            Client::builder(TokioExecutor::new())
+                .pool_idle_timeout(IDLE_CONNECTION)
+                .pool_timer(TokioTimer::new())
+                .build(CONNECTOR.clone())
+        })
     }
 
     /// Posts one message.
@@ -92,7 +109,7 @@ impl Wire {
         *request.method_mut() = method;
         *request.uri_mut() = uri.clone();
         *request.headers_mut() = headers;
-        let response = self.client.request(request).await.map_err(|e| {
+        let response = self.client().request(request).await.map_err(|e| {
             let fault = if e.is_connect() { Fault::Unreachable } else { Fault::Lost };
             self.error(fault, e)
         })?;
@@ -159,6 +176,7 @@ impl Wire {
 /// The headers every POST has.
 pub(super) fn post_headers(extra: &HeaderMap) -> HeaderMap {
     let mut headers = extra.clone();
+    headers.reserve(8);
     headers.insert(ACCEPT, HeaderValue::from_static("application/json, text/event-stream"));
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers

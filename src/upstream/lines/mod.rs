@@ -1,0 +1,174 @@
+//! MCP over two byte streams, one message a line: a child's stdin and stdout, or an in-memory pipe.
+//!
+//! All requests share one connection, so ids and progress tokens are the connection's own and are mapped back on the
+//! way to the caller. Above it the protocol is the internal one; a legacy peer is translated here.
+//!
+//! Who does what: `wire` moves lines, `calls` knows who waits for them, `handshake` finds the era.
+
+mod calls;
+mod handshake;
+mod reader;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+use std::{any::Any, sync::Arc};
+
+use futures_util::{StreamExt as _, stream};
+
+use self::calls::{Calls, Event, Kind, Ticket};
+pub(crate) use self::{
+    handshake::{Opened, Unopened, open},
+    wire::{Surroundings, Wire},
+};
+use super::{
+    link::Connection,
+    translate::{self, ListenFilter},
+};
+use crate::{
+    BoxError,
+    error::UpstreamError,
+    protocol::{Frame, FrameStream, McpRequest, McpResponse, Method, Payload, ProtocolVersion, RawObject},
+};
+
+/// The longest line that is read unless somebody says otherwise.
+pub(crate) const MAX_LINE: usize = 16 * 1024 * 1024;
+
+/// A connection that is open.
+pub(crate) struct Lines {
+    wire: Wire,
+    opened: Opened,
+    /// What lives exactly as long as the connection: the process, the task that serves the other end.
+    _owned: Box<dyn Any + Send + Sync>,
+}
+
+impl Lines {
+    pub(crate) fn new(wire: Wire, opened: Opened, owned: impl Any + Send + Sync) -> Self {
+        Lines { wire, opened, _owned: Box::new(owned) }
+    }
+
+    /// Sends one request or notification, and waits for the first that comes back.
+    pub(crate) async fn call(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+        if request.id().is_none() && request.method().is_notification() {
+            return self.notify(&request).await;
+        }
+        match (&self.opened, request.method()) {
+            (Opened::Legacy { discover, .. }, Method::Discover) => Ok(McpResponse::raw(discover.clone())),
+            (Opened::Legacy { capabilities, .. }, Method::Listen) => {
+                let filter = offered(ListenFilter::of(request.params()), capabilities);
+                self.listen(filter).await
+            }
+            _ => self.forward(request).await,
+        }
+    }
+
+    async fn forward(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+        let mut params = self.params(&request);
+        let token = params.progress_token();
+        // A listener must not keep an upstream alive that nobody else wants any more.
+        let (kind, keep) = match request.method() {
+            Method::Listen => (Kind::Listen(request.id().cloned()), None),
+            _ => (Kind::Plain, Some(self.clone())),
+        };
+        let ticket = self.wire.calls().register(token.clone(), kind)?;
+        drop(self);
+        if let (Some(mut m), Some(_)) = (params.meta().cloned(), token) {
+            m.set("progressToken", ticket.id().to_string());
+            params.object_mut().set("_meta", m.as_str());
+        }
+        ticket.send(request.method(), &params).await;
+        drop((request, params));
+        respond(ticket, keep).await
+    }
+
+    async fn notify(&self, notification: &McpRequest) -> Result<McpResponse, UpstreamError> {
+        // These two are about the caller's own connection.
+        if !matches!(notification.method(), Method::Cancelled | Method::Initialized) {
+            let params = self.params(notification);
+            let line = translate::notification_json(notification.method(), &params);
+            self.wire.calls().notify(line).await?;
+        }
+        Ok(McpResponse::raw("{}"))
+    }
+
+    /// The answer of a legacy peer to `subscriptions/listen`.
+    async fn listen(&self, mut filter: ListenFilter) -> Result<McpResponse, UpstreamError> {
+        let calls = self.wire.calls();
+        let notifications = calls.unsolicited()?;
+        let mut held = Held { calls: calls.clone(), uris: Vec::new() };
+        let mut asked = Vec::new();
+        for uri in std::mem::take(&mut filter.uris) {
+            if !held.uris.contains(&uri) {
+                let ticket = calls.hold(&uri)?;
+                held.uris.push(uri.clone());
+                asked.extend(ticket.map(|ticket| (uri, ticket)));
+            }
+        }
+        for (uri, mut ticket) in asked {
+            if let Payload::Error(error) = ticket.answer().await? {
+                tracing::debug!(upstream = %calls.upstream(), uri, %error, "cannot subscribe");
+                held.uris.retain(|u| *u != uri);
+                calls.release(&uri);
+            }
+        }
+        filter.uris.clone_from(&held.uris);
+        let frames = translate::listen_stream(filter, notifications).inspect(move |_| {
+            let _held = &held;
+        });
+        Ok(McpResponse::new(Payload::Stream(Box::pin(frames))))
+    }
+
+    fn params(&self, request: &McpRequest) -> crate::protocol::Params {
+        match self.opened {
+            Opened::Modern => translate::modern_params(request, ProtocolVersion::LATEST),
+            Opened::Legacy { .. } => translate::legacy_params(request),
+        }
+    }
+}
+
+impl Connection for Lines {
+    fn is_closed(&self) -> bool {
+        self.wire.calls().is_closed()
+    }
+}
+
+/// The part of a filter that a legacy peer can honour.
+fn offered(filter: ListenFilter, capabilities: &RawObject) -> ListenFilter {
+    let has = |room, key| capabilities.get_object(room).is_some_and(|room| room.get(key) == Some("true"));
+    ListenFilter {
+        tools: filter.tools && has("tools", "listChanged"),
+        prompts: filter.prompts && has("prompts", "listChanged"),
+        resources: filter.resources && has("resources", "listChanged"),
+        uris: if has("resources", "subscribe") { filter.uris } else { Vec::new() },
+    }
+}
+
+/// Subscriptions to resources that a listener needs.
+struct Held {
+    calls: Arc<Calls>,
+    uris: Vec<String>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.uris.iter().for_each(|uri| self.calls.release(uri));
+    }
+}
+
+/// One payload, or a stream as soon as something comes before the result.
+async fn respond(mut ticket: Ticket, keep: Option<Arc<Lines>>) -> Result<McpResponse, UpstreamError> {
+    let first = match ticket.next().await? {
+        Event::Final(payload) => return Ok(McpResponse::new(payload)),
+        Event::Notification(notification) => Ok(Frame::Notification(notification)),
+    };
+    let rest = stream::unfold(Some((ticket, keep)), |open| async move {
+        let (mut ticket, keep) = open?;
+        Some(match ticket.next().await {
+            Ok(Event::Notification(n)) => (Ok(Frame::Notification(n)), Some((ticket, keep))),
+            Ok(Event::Final(payload)) => (Ok(Frame::Final(payload)), None),
+            Err(error) => (Err(BoxError::from(error)), None),
+        })
+    });
+    let frames: FrameStream = Box::pin(stream::iter([first]).chain(rest));
+    Ok(McpResponse::new(Payload::Stream(frames)))
+}

@@ -1,0 +1,616 @@
+//! Both eras, with the other side of an in-memory pipe in the test's hand.
+
+use std::{future::pending, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream, ReadHalf, WriteHalf},
+    task::JoinHandle,
+};
+
+use super::*;
+use crate::{
+    error::Fault,
+    protocol::{Era, Notification, Params, RequestId, meta},
+};
+
+/// The scripted other side.
+struct Peer {
+    read: BufReader<ReadHalf<DuplexStream>>,
+    write: WriteHalf<DuplexStream>,
+}
+
+impl Peer {
+    async fn line(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        self.read.read_line(&mut line).await.unwrap();
+        (!line.is_empty()).then(|| serde_json::from_str(&line).unwrap())
+    }
+
+    async fn expect(&mut self, method: &str) -> Value {
+        let message = self.line().await.expect("a message comes");
+        assert_eq!(message["method"], method, "{message}");
+        message
+    }
+
+    async fn say(&mut self, text: impl AsRef<str>) {
+        self.write.write_all(text.as_ref().as_bytes()).await.unwrap();
+        self.write.write_all(b"\n").await.unwrap();
+    }
+
+    async fn answer(&mut self, request: &Value, result: &str) {
+        self.say(format!(r#"{{"jsonrpc":"2.0","id":{},"result":{result}}}"#, request["id"])).await;
+    }
+
+    async fn refuse(&mut self, request: &Value, error: &str) {
+        self.say(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
+    }
+
+    /// Waits until everything that was said before has been read.
+    async fn sync(&mut self) {
+        self.say(r#"{"jsonrpc":"2.0","id":"sync","method":"ping"}"#).await;
+        assert_eq!(self.line().await.unwrap(), json!({ "jsonrpc": "2.0", "id": "sync", "result": {} }));
+    }
+}
+
+const MODERN: &str = r#"{"resultType":"complete","supportedVersions":["2026-07-28"],"capabilities":{}}"#;
+const LEGACY: &str = r#"{"protocolVersion":"2025-06-18","capabilities":{"tools":{"listChanged":true},"resources":{"subscribe":true}},"serverInfo":{"name":"old","version":"1"},"instructions":"be kind"}"#;
+
+fn wire(max_line: usize) -> (Wire, Peer) {
+    wire_of(max_line, 1024 * 1024)
+}
+
+fn wire_of(max_line: usize, pipe: usize) -> (Wire, Peer) {
+    let (ours, theirs) = tokio::io::duplex(pipe);
+    let (read, write) = tokio::io::split(ours);
+    let around = Surroundings { max_line, gone: Box::pin(pending()), closing: Box::pin(pending()) };
+    let wire = Wire::start(&"x".parse().unwrap(), read, write, around);
+    let (read, write) = tokio::io::split(theirs);
+    (wire, Peer { read: BufReader::new(read), write })
+}
+
+type Opening = JoinHandle<Result<(Wire, Opened), Unopened>>;
+
+fn probing(known: Option<Era>) -> (Opening, Peer) {
+    let (wire, peer) = wire(MAX_LINE);
+    let opening = tokio::spawn(async move {
+        let opened = open(&wire, known).await?;
+        Ok((wire, opened))
+    });
+    (opening, peer)
+}
+
+async fn modern() -> (Arc<Lines>, Peer) {
+    let (wire, peer) = wire(MAX_LINE);
+    (Arc::new(Lines::new(wire, Opened::Modern, ())), peer)
+}
+
+async fn legacy() -> (Arc<Lines>, Peer) {
+    let (opening, mut peer) = probing(Some(Era::Legacy));
+    let initialize = peer.expect("initialize").await;
+    peer.answer(&initialize, LEGACY).await;
+    let Ok(Ok((wire, opened))) = opening.await else { panic!("it opens") };
+    peer.expect("notifications/initialized").await;
+    (Arc::new(Lines::new(wire, opened, ())), peer)
+}
+
+fn echo(n: u32) -> McpRequest {
+    McpRequest::call_tool("echo", json!({ "n": n }))
+}
+
+fn with_token(token: &str) -> McpRequest {
+    let params = format!(r#"{{"name":"slow","_meta":{{"progressToken":{token}}}}}"#);
+    McpRequest::new(Method::ToolsCall, Params::parse(params.into()).unwrap())
+}
+
+fn call(lines: &Arc<Lines>, request: McpRequest) -> JoinHandle<Result<McpResponse, UpstreamError>> {
+    tokio::spawn(lines.clone().call(request))
+}
+
+fn json_of(response: McpResponse) -> Bytes {
+    response.payload().to_json().expect("no stream").expect("no error")
+}
+
+fn frames_of(response: McpResponse) -> FrameStream {
+    match response.into_payload() {
+        Payload::Stream(frames) => frames,
+        other => panic!("no stream: {other:?}"),
+    }
+}
+
+async fn notification(frames: &mut FrameStream) -> Notification {
+    match frames.next().await {
+        Some(Ok(Frame::Notification(notification))) => notification,
+        other => panic!("no notification: {other:?}"),
+    }
+}
+
+// === Requests and answers ===
+
+#[tokio::test]
+async fn answers_may_cross_and_stay_the_bytes_they_are() {
+    let (lines, mut peer) = modern().await;
+    let first = call(&lines, echo(1).with_id(RequestId::from(77)));
+    let one = peer.expect("tools/call").await;
+    let second = call(&lines, echo(2).with_id(RequestId::from(77)));
+    let two = peer.expect("tools/call").await;
+    assert_ne!(one["id"], two["id"]);
+    peer.answer(&two, r#"{"b": 1e400, "a":[2]}"#).await;
+    peer.say(format!(r#"{{"result":{{"n":1}},"jsonrpc":"2.0","id":{}}}"#, one["id"])).await;
+    assert_eq!(json_of(second.await.unwrap().unwrap()), r#"{"b": 1e400, "a":[2]}"#);
+    assert_eq!(json_of(first.await.unwrap().unwrap()), r#"{"n":1}"#);
+}
+
+#[tokio::test]
+async fn an_upstreams_error_passes_verbatim() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    peer.refuse(&request, r#"{"code":-32002,"message":"no","data":{"x":1e400}}"#).await;
+    let payload = answer.await.unwrap().unwrap().into_payload();
+    let Payload::Error(error) = payload else { panic!("{payload:?}") };
+    assert_eq!(error.as_bytes(), r#"{"code":-32002,"message":"no","data":{"x":1e400}}"#);
+}
+
+#[tokio::test]
+async fn junk_and_answers_to_nobody_are_skipped() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    for junk in ["npm WARN", "[]", "{", "\u{1}\u{2}", r#"{"jsonrpc":"2.0","id":999,"result":{}}"#, "", "null"]
+    {
+        peer.say(junk).await;
+    }
+    peer.write.write_all(b"\xff\xfe\n").await.unwrap();
+    peer.answer(&request, "{}").await;
+    assert_eq!(json_of(answer.await.unwrap().unwrap()), "{}");
+}
+
+#[tokio::test]
+async fn a_malformed_answer_fails_its_call_alone() {
+    let (lines, mut peer) = modern().await;
+    let (bad, good) = (call(&lines, echo(1)), call(&lines, echo(2)));
+    let (one, two) = (peer.expect("tools/call").await, peer.expect("tools/call").await);
+    let (bad, good, one, two) = match one["params"]["arguments"]["n"] == 1 {
+        true => (bad, good, one, two),
+        false => (bad, good, two, one),
+    };
+    peer.say(format!(r#"{{"jsonrpc":"2.0","id":{}}}"#, one["id"])).await;
+    assert_eq!(bad.await.unwrap().unwrap_err().fault, Fault::Garbled);
+    peer.answer(&two, "{}").await;
+    assert!(good.await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_line_that_is_too_long_ends_the_connection() {
+    let (wire, mut peer) = wire(1000);
+    let lines = Arc::new(Lines::new(wire, Opened::Modern, ()));
+    let (one, two) = (call(&lines, echo(1)), call(&lines, echo(2)));
+    let request = peer.expect("tools/call").await;
+    peer.answer(&request, &format!("{{\"x\":\"{}\"}}", "x".repeat(1000))).await;
+    assert_eq!(one.await.unwrap().unwrap_err().fault, Fault::TooLarge);
+    assert_eq!(two.await.unwrap().unwrap_err().fault, Fault::TooLarge);
+    assert!(lines.is_closed());
+}
+
+#[tokio::test]
+async fn when_the_other_side_goes_everybody_is_told() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    peer.expect("tools/call").await;
+    drop(peer);
+    assert_eq!(answer.await.unwrap().unwrap_err().fault, Fault::Lost);
+    assert!(lines.is_closed());
+    assert!(lines.clone().call(echo(2)).await.is_err());
+}
+
+#[tokio::test]
+async fn requests_of_the_other_side_are_refused_and_ping_is_answered() {
+    let (_lines, mut peer) = legacy().await;
+    peer.sync().await;
+    peer.say(r#"{"jsonrpc":"2.0","id":5,"method":"sampling/createMessage","params":{}}"#).await;
+    let refusal = peer.line().await.unwrap();
+    assert_eq!((&refusal["id"], &refusal["error"]["code"]), (&json!(5), &json!(-32601)));
+}
+
+#[tokio::test]
+async fn notifications_are_written_through() {
+    let (lines, mut peer) = legacy().await;
+    let note = McpRequest::bare(Method::from("notifications/roots/list_changed"));
+    assert_eq!(json_of(lines.clone().call(note).await.unwrap()), "{}");
+    peer.expect("notifications/roots/list_changed").await;
+}
+
+// === Progress and cancellation ===
+
+#[tokio::test]
+async fn progress_comes_back_under_the_callers_own_token() {
+    let (lines, mut peer) = modern().await;
+    let (one, two) = (call(&lines, with_token("\"t\"")), call(&lines, with_token("\"t\"")));
+    let (first, second) = (peer.expect("tools/call").await, peer.expect("tools/call").await);
+    let token = |request: &Value| request["params"]["_meta"]["progressToken"].clone();
+    assert_ne!(token(&first), token(&second));
+    for (request, n) in [(&second, 2), (&first, 1), (&second, 2)] {
+        let params = format!(r#"{{"progressToken":{},"progress": {n},"x":1e400}}"#, token(request));
+        peer.say(format!(r#"{{"jsonrpc":"2.0","method":"notifications/progress","params":{params}}}"#)).await;
+    }
+    peer.say(
+        r#"{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":99,"progress":1}}"#,
+    )
+    .await;
+    peer.answer(&first, r#"{"n":1}"#).await;
+    peer.answer(&second, r#"{"n":2}"#).await;
+    let mut seen = Vec::new();
+    for call in [one, two] {
+        let mut frames = frames_of(call.await.unwrap().unwrap());
+        let mut all = Vec::new();
+        while let Some(frame) = frames.next().await {
+            all.push(match frame.unwrap() {
+                Frame::Notification(n) => n.params.as_str().to_owned(),
+                Frame::Final(payload) => {
+                    String::from_utf8(payload.to_json().unwrap().unwrap().to_vec()).unwrap()
+                }
+                Frame::Request(_) => panic!("nobody asked"),
+            });
+        }
+        seen.push(all);
+    }
+    let progress = |n: u32| format!(r#"{{"progressToken":"t","progress": {n},"x":1e400}}"#);
+    seen.sort_by_key(Vec::len);
+    assert_eq!(seen[0], [progress(1), r#"{"n":1}"#.to_owned()]);
+    assert_eq!(seen[1], [progress(2), progress(2), r#"{"n":2}"#.to_owned()]);
+}
+
+#[tokio::test]
+async fn params_without_a_token_stay_the_bytes_they_are() {
+    let (lines, mut peer) = legacy().await;
+    let params = r#"{"name":"a" ,"arguments":{"x":1e400}}"#;
+    let request = McpRequest::new(Method::ToolsCall, Params::parse(params.into()).unwrap());
+    let _answer = call(&lines, request);
+    let mut line = String::new();
+    peer.read.read_line(&mut line).await.unwrap();
+    assert!(line.contains(params), "{line}");
+}
+
+#[tokio::test]
+async fn dropping_the_call_cancels_it_and_a_late_answer_is_ignored() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    answer.abort();
+    let cancelled = peer.expect("notifications/cancelled").await;
+    assert_eq!(cancelled["params"]["requestId"], request["id"]);
+    peer.answer(&request, "{}").await;
+    peer.sync().await;
+    assert!(!lines.is_closed());
+}
+
+#[tokio::test]
+async fn dropping_the_frames_cancels_the_call() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, with_token("1"));
+    let request = peer.expect("tools/call").await;
+    let token = &request["params"]["_meta"]["progressToken"];
+    peer.say(format!(
+        r#"{{"jsonrpc":"2.0","method":"notifications/progress","params":{{"progressToken":{token},"progress":1}}}}"#
+    ))
+    .await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    notification(&mut frames).await;
+    drop(frames);
+    let cancelled = peer.expect("notifications/cancelled").await;
+    assert_eq!(cancelled["params"]["requestId"], request["id"]);
+}
+
+#[tokio::test]
+async fn a_finished_call_is_not_cancelled() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    peer.answer(&request, "{}").await;
+    answer.await.unwrap().unwrap();
+    let _next = call(&lines, echo(2));
+    peer.expect("tools/call").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_never_reads_blocks_nobody_and_gathers_nothing() {
+    let (wire, mut peer) = wire_of(MAX_LINE, 1000);
+    let lines = Arc::new(Lines::new(wire, Opened::Modern, ()));
+    let big = |n| McpRequest::call_tool("echo", json!({ "n": n, "x": "x".repeat(10_000) }));
+    let calls: Vec<_> = (0..200).map(|n| call(&lines, big(n))).collect();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(calls.iter().all(|call| !call.is_finished()));
+    calls.iter().for_each(JoinHandle::abort);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // Only the one that had begun is ever written, and taken back.
+    let request = peer.expect("tools/call").await;
+    let cancelled = peer.expect("notifications/cancelled").await;
+    assert_eq!(cancelled["params"]["requestId"], request["id"]);
+    peer.sync().await;
+}
+
+#[tokio::test]
+async fn a_caller_that_does_not_read_loses_progress_and_not_the_result() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, with_token("1"));
+    let request = peer.expect("tools/call").await;
+    let token = &request["params"]["_meta"]["progressToken"];
+    for n in 0..1000 {
+        let params = format!(r#"{{"progressToken":{token},"progress":{n}}}"#);
+        peer.say(format!(r#"{{"jsonrpc":"2.0","method":"notifications/progress","params":{params}}}"#)).await;
+    }
+    peer.answer(&request, r#"{"done":true}"#).await;
+    peer.sync().await;
+    let payload = answer.await.unwrap().unwrap().into_payload().settle().await.unwrap();
+    assert_eq!(payload.to_value(), Some(json!({ "done": true })));
+}
+
+#[tokio::test]
+async fn a_log_message_goes_to_the_only_call_under_way() {
+    let (lines, mut peer) = legacy().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"hi"}}"#).await;
+    peer.answer(&request, "{}").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    assert_eq!(notification(&mut frames).await.method, Method::LogMessage);
+    assert!(matches!(frames.next().await, Some(Ok(Frame::Final(Payload::Raw(_))))));
+    assert!(frames.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_log_message_that_could_be_anybodys_goes_to_nobody() {
+    let (lines, mut peer) = legacy().await;
+    let (one, two) = (call(&lines, echo(1)), call(&lines, echo(2)));
+    let (first, second) = (peer.expect("tools/call").await, peer.expect("tools/call").await);
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"hi"}}"#).await;
+    peer.answer(&first, "{}").await;
+    peer.answer(&second, "{}").await;
+    json_of(one.await.unwrap().unwrap());
+    json_of(two.await.unwrap().unwrap());
+}
+
+// === Listening ===
+
+fn listen(filter: Value) -> McpRequest {
+    McpRequest::new(Method::Listen, Params::from_value(&json!({ "notifications": filter })))
+}
+
+#[tokio::test]
+async fn a_modern_listen_is_told_apart_by_its_id_and_gets_its_own_back() {
+    let (lines, mut peer) = modern().await;
+    let filter = json!({ "toolsListChanged": true });
+    let own = RequestId::from_json(Bytes::from_static(b"\"mine\"")).unwrap();
+    let answer = call(&lines, listen(filter.clone()).with_id(own));
+    let request = peer.expect("subscriptions/listen").await;
+    let other = call(&lines, listen(filter));
+    let another = peer.expect("subscriptions/listen").await;
+    let say = |id: &Value, method: &str| {
+        let m = json!({ meta::SUBSCRIPTION_ID: id });
+        json!({ "jsonrpc": "2.0", "method": method, "params": { "_meta": m } }).to_string()
+    };
+    peer.say(say(&request["id"], "notifications/subscriptions/acknowledged")).await;
+    peer.say(say(&another["id"], "notifications/subscriptions/acknowledged")).await;
+    peer.say(say(&request["id"], "notifications/tools/list_changed")).await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    assert_eq!(notification(&mut frames).await.method, Method::Acknowledged);
+    let changed = notification(&mut frames).await;
+    assert_eq!(changed.method, Method::ToolsChanged);
+    assert_eq!(changed.params.meta().unwrap().get(meta::SUBSCRIPTION_ID), Some("\"mine\""));
+    let result = json!({ "resultType": "complete", "_meta": { meta::SUBSCRIPTION_ID: request["id"] } });
+    peer.answer(&request, &result.to_string()).await;
+    let Some(Ok(Frame::Final(end))) = frames.next().await else { panic!("it ends") };
+    assert_eq!(end.to_value().unwrap()["_meta"][meta::SUBSCRIPTION_ID], "mine");
+    drop(other.await.unwrap().unwrap());
+    let cancelled = peer.expect("notifications/cancelled").await;
+    assert_eq!(cancelled["params"]["requestId"], another["id"]);
+}
+
+#[tokio::test]
+async fn a_modern_peer_can_end_a_listen() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, listen(json!({})));
+    let request = peer.expect("subscriptions/listen").await;
+    let params = json!({ "requestId": request["id"] });
+    peer.say(json!({ "jsonrpc": "2.0", "method": "notifications/cancelled", "params": params }).to_string())
+        .await;
+    json_of(answer.await.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn a_listen_keeps_no_connection_alive() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, listen(json!({})));
+    peer.expect("subscriptions/listen").await;
+    drop(lines);
+    assert!(answer.await.unwrap().is_err());
+    assert!(peer.line().await.is_none());
+}
+
+#[tokio::test]
+async fn a_call_keeps_its_connection_alive() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    drop(lines);
+    peer.answer(&request, "{}").await;
+    json_of(answer.await.unwrap().unwrap());
+    assert!(peer.line().await.is_none());
+}
+
+#[tokio::test]
+async fn a_legacy_peer_is_listened_to_as_far_as_it_can_speak() {
+    let (lines, mut peer) = legacy().await;
+    let uri = "file:///a";
+    let filter =
+        json!({ "toolsListChanged": true, "promptsListChanged": true, "resourceSubscriptions": [uri] });
+    let answer = call(&lines, listen(filter.clone()));
+    let subscribe = peer.expect("resources/subscribe").await;
+    assert_eq!(subscribe["params"]["uri"], uri);
+    peer.answer(&subscribe, "{}").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let acknowledged = notification(&mut frames).await.params;
+    assert_eq!(
+        acknowledged.as_str(),
+        json!({ "notifications": { "toolsListChanged": true, "resourceSubscriptions": [uri] } }).to_string()
+    );
+
+    // A second listener to the same resource costs nothing.
+    let mut second = frames_of(lines.clone().call(listen(filter)).await.unwrap());
+    notification(&mut second).await;
+    for method in ["notifications/prompts/list_changed", "notifications/tools/list_changed"] {
+        peer.say(format!(r#"{{"jsonrpc":"2.0","method":"{method}"}}"#)).await;
+    }
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"file:///a"}}"#)
+        .await;
+    for frames in [&mut frames, &mut second] {
+        assert_eq!(notification(frames).await.method, Method::ToolsChanged);
+        assert_eq!(notification(frames).await.method, Method::ResourceUpdated);
+    }
+    drop(frames);
+    peer.sync().await;
+    drop(second);
+    let unsubscribe = peer.expect("resources/unsubscribe").await;
+    assert_eq!(unsubscribe["params"]["uri"], uri);
+    peer.refuse(&unsubscribe, r#"{"code":-32000,"message":"never heard of it"}"#).await;
+    peer.sync().await;
+}
+
+#[tokio::test]
+async fn a_refused_subscription_is_not_acknowledged() {
+    let (lines, mut peer) = legacy().await;
+    let answer = call(&lines, listen(json!({ "resourceSubscriptions": ["file:///a"] })));
+    let subscribe = peer.expect("resources/subscribe").await;
+    peer.refuse(&subscribe, r#"{"code":-32002,"message":"no such resource"}"#).await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    assert_eq!(notification(&mut frames).await.params.as_str(), r#"{"notifications":{}}"#);
+}
+
+#[tokio::test]
+async fn changes_reach_the_listeners_even_in_the_middle_of_a_call() {
+    let (lines, mut peer) = legacy().await;
+    let mut frames =
+        frames_of(lines.clone().call(listen(json!({ "toolsListChanged": true }))).await.unwrap());
+    notification(&mut frames).await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#).await;
+    peer.answer(&request, "{}").await;
+    json_of(answer.await.unwrap().unwrap());
+    assert_eq!(notification(&mut frames).await.method, Method::ToolsChanged);
+    drop(peer);
+    assert!(frames.next().await.is_none());
+}
+
+// === Finding the era ===
+
+#[tokio::test]
+async fn whoever_answers_discover_is_modern() {
+    let (opening, mut peer) = probing(None);
+    let discover = peer.expect("server/discover").await;
+    assert_eq!(discover["params"]["_meta"][meta::PROTOCOL_VERSION], "2026-07-28");
+    peer.answer(&discover, MODERN).await;
+    assert!(matches!(opening.await.unwrap(), Ok((_, Opened::Modern))));
+}
+
+#[tokio::test]
+async fn modern_errors_are_modern_and_others_are_legacy() {
+    let supported = |versions: &str| {
+        format!(
+            r#"{{"code":-32022,"message":"?","data":{{"supported":{versions},"requested":"2026-07-28"}}}}"#
+        )
+    };
+    for error in [supported(r#"["2026-07-28"]"#), r#"{"code":-32021,"message":"?","data":{}}"#.to_owned()] {
+        let (opening, mut peer) = probing(None);
+        let discover = peer.expect("server/discover").await;
+        peer.refuse(&discover, &error).await;
+        assert!(matches!(opening.await.unwrap(), Ok((_, Opened::Modern))), "{error}");
+    }
+    for error in [
+        supported(r#"["2025-11-25"]"#),
+        r#"{"code":-32022,"message":"?"}"#.to_owned(),
+        r#"{"code":-32601,"message":"?"}"#.to_owned(),
+        r#"{"code":0,"message":"?"}"#.to_owned(),
+    ] {
+        let (opening, mut peer) = probing(None);
+        let discover = peer.expect("server/discover").await;
+        peer.refuse(&discover, &error).await;
+        let initialize = peer.expect("initialize").await;
+        assert_eq!(initialize["params"]["capabilities"], json!({}));
+        peer.answer(&initialize, LEGACY).await;
+        assert!(matches!(opening.await.unwrap(), Ok((_, Opened::Legacy { .. }))), "{error}");
+    }
+    let (opening, mut peer) = probing(None);
+    let discover = peer.expect("server/discover").await;
+    peer.refuse(&discover, &supported(r#"["2030-01-01"]"#)).await;
+    let Err(Unopened { error, probed: false }) = opening.await.unwrap() else { panic!("it cannot open") };
+    assert!(error.source.to_string().contains("2030-01-01"));
+}
+
+#[tokio::test]
+async fn a_legacy_peers_discover_result_is_made_of_its_initialize_result() {
+    let (lines, _peer) = legacy().await;
+    let result = lines.clone().call(McpRequest::bare(Method::Discover)).await.unwrap();
+    let result = result.payload().to_value().unwrap();
+    assert_eq!(result["supportedVersions"], json!(["2025-06-18"]));
+    assert_eq!(result["instructions"], "be kind");
+    assert_eq!(result["capabilities"]["tools"], json!({ "listChanged": true }));
+}
+
+#[tokio::test]
+async fn a_modern_peer_answers_discover_itself() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, McpRequest::bare(Method::Discover));
+    let request = peer.expect("server/discover").await;
+    peer.answer(&request, MODERN).await;
+    assert_eq!(json_of(answer.await.unwrap().unwrap()), MODERN);
+}
+
+#[tokio::test(start_paused = true)]
+async fn silence_is_legacy() {
+    let (opening, mut peer) = probing(None);
+    peer.expect("server/discover").await;
+    let initialize = peer.expect("initialize").await;
+    peer.answer(&initialize, LEGACY).await;
+    assert!(matches!(opening.await.unwrap(), Ok((_, Opened::Legacy { .. }))));
+    // And nothing is said of the question any more.
+    peer.expect("notifications/initialized").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_modern_peer_is_still_found() {
+    let (opening, mut peer) = probing(None);
+    let discover = peer.expect("server/discover").await;
+    let initialize = peer.expect("initialize").await;
+    peer.answer(&discover, MODERN).await;
+    peer.refuse(&initialize, r#"{"code":-32601,"message":"unknown method"}"#).await;
+    assert!(matches!(opening.await.unwrap(), Ok((_, Opened::Modern))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_cannot_bear_the_question_is_to_be_started_again() {
+    let (opening, mut peer) = probing(None);
+    peer.expect("server/discover").await;
+    drop(peer);
+    assert!(matches!(opening.await.unwrap(), Err(Unopened { probed: true, .. })));
+
+    let (opening, mut peer) = probing(None);
+    peer.expect("server/discover").await;
+    peer.expect("initialize").await;
+    assert!(matches!(opening.await.unwrap(), Err(Unopened { probed: true, .. })));
+    drop(peer);
+}
+
+proptest::proptest! {
+    #[test]
+    fn nothing_that_comes_in_panics(lines in proptest::collection::vec(r#"[\[\]{}",:a-z0-9\\ e.\-]{0,60}"#, 0..8)) {
+        let (calls, _outbox) = Calls::new("x".parse().unwrap());
+        let _ticket = calls.register(Some(Bytes::from_static(b"1")), Kind::Plain).unwrap();
+        for line in lines {
+            calls.receive(line.into());
+        }
+    }
+}
