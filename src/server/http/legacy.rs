@@ -20,11 +20,8 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, apply_hint, call,
-    converse::{self, Conversation},
-    empty, events, json, method_not_allowed,
-    modern::drained,
-    session::Session,
+    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, answer::Mark, apply_hint, call,
+    converse::Conversation, empty, events, json, method_not_allowed, modern::drained, session::Session,
 };
 use crate::{
     McpService,
@@ -242,10 +239,14 @@ async fn forward<S: McpService>(
     };
     let (payload, extensions) = answered.into_parts();
     let hint = extensions.get::<HttpHint>();
-    let mut response = match payload {
-        payload @ Payload::Stream(_) => stream_of(service, finish, request, payload),
-        payload if converse::wants_input(&payload) => stream_of(service, finish, request, payload),
-        payload => json(StatusCode::OK, answer::response(&id, request.method(), payload, Era::Legacy)),
+    let mark = Mark::of(&payload);
+    let mut response = match (payload, mark) {
+        (payload @ Payload::Stream(_), _) | (payload, Mark::InputRequired) => {
+            stream_of(service, finish, request, payload)
+        }
+        (payload, mark) => {
+            json(StatusCode::OK, answer::marked_response(&id, request.method(), payload, mark, Era::Legacy))
+        }
     };
     apply_hint(&mut response, hint, false);
     Ok(response)
