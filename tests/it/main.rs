@@ -2,6 +2,22 @@
 //! costs a link.
 
 #[cfg(feature = "daemon")]
+mod byte_for_byte;
+#[cfg(feature = "daemon")]
 mod cli;
 #[cfg(feature = "daemon")]
+mod gateway;
+#[cfg(feature = "daemon")]
+mod http;
+#[cfg(feature = "daemon")]
+mod legacy;
+#[cfg(feature = "daemon")]
+mod modern;
+#[cfg(feature = "daemon")]
+mod rmcp_client;
+#[cfg(feature = "daemon")]
+mod stage;
+#[cfg(feature = "daemon")]
 mod support;
+#[cfg(feature = "daemon")]
+mod upstream;
