@@ -2,18 +2,22 @@
 
 use std::{
     fmt,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use serde_json::json;
-use tokio::time::Instant;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 use tower::ServiceExt as _;
 
 use super::{Catalog, Shared, Upstream};
 use crate::{
-    BoxError,
+    BoxError, BoxMcpService, McpService as _,
+    error::{Fault, UpstreamError},
     layers::rescue::Chain,
     protocol::{Frame, FrameStream, McpRequest, Method, Params, Payload},
 };
@@ -24,6 +28,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 const LISTEN_WITHIN: Duration = Duration::from_secs(5);
 /// Several changes in a row are one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// Clients' failed requests cause no more listing than this.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// How an upstream is.
 #[derive(Clone, Debug)]
@@ -91,6 +98,28 @@ pub(super) async fn run(shared: Weak<Shared>, upstream: Arc<Upstream>) {
             }
         }
     }
+}
+
+/// The service, with an ear for its failures: an upstream that was up and cannot be reached is listed again as soon as
+/// it is back, for it may not be what it was. Many have no stream whose end would tell.
+pub(super) fn heard(
+    service: BoxMcpService,
+    status: watch::Sender<Status>,
+    refresh: Arc<Notify>,
+) -> BoxMcpService {
+    let told = Arc::new(Mutex::new(None::<Instant>));
+    let hear = move |error: BoxError| {
+        let gone = error.downcast_ref().is_some_and(|e: &UpstreamError| e.fault == Fault::Unreachable);
+        if gone && status.borrow().kind == StatusKind::Up {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
+                *told = Some(Instant::now());
+                refresh.notify_one();
+            }
+        }
+        error
+    };
+    service.map_err(hear).boxed_mcp()
 }
 
 /// Opens a stream of changes, when the upstream has one, and lists once. In this order: a change between listing

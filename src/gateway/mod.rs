@@ -76,16 +76,34 @@ struct Shared {
 struct Upstream {
     name: ServerName,
     service: BoxMcpService,
+    /// The same for requests of clients: when one cannot reach it, the maintaining task is told.
+    heard: BoxMcpService,
     catalog: ArcSwap<Catalog>,
     status: watch::Sender<Status>,
     /// Asks the maintaining task to list again.
-    refresh: Notify,
+    refresh: Arc<Notify>,
     added: Instant,
     /// The maintaining task.
     task: Mutex<Option<tokio::task::AbortHandle>>,
 }
 
 impl Upstream {
+    /// One that nobody maintains yet.
+    fn new(name: ServerName, service: BoxMcpService, catalog: Arc<Catalog>) -> Self {
+        let status = watch::Sender::new(Status::connecting());
+        let refresh: Arc<Notify> = Arc::default();
+        Upstream {
+            name,
+            heard: maintain::heard(service.clone(), status.clone(), refresh.clone()),
+            service,
+            catalog: ArcSwap::new(catalog),
+            status,
+            refresh,
+            added: Instant::now(),
+            task: Mutex::new(None),
+        }
+    }
+
     /// Ends the maintaining task, which holds the upstream.
     fn retire(&self) {
         if let Some(task) = self.task.lock().unwrap_or_else(PoisonError::into_inner).take() {
@@ -99,15 +117,7 @@ impl Upstream {
     /// One that nobody maintains.
     fn for_test(name: &str, catalog: Arc<Catalog>) -> Arc<Upstream> {
         let (service, _) = crate::testing::mock();
-        Arc::new(Upstream {
-            name: name.parse().unwrap(),
-            service: service.boxed_mcp(),
-            catalog: ArcSwap::new(catalog),
-            status: watch::Sender::new(Status::connecting()),
-            refresh: Notify::new(),
-            added: Instant::now(),
-            task: Mutex::new(None),
-        })
+        Arc::new(Upstream::new(name.parse().unwrap(), service.boxed_mcp(), catalog))
     }
 }
 
@@ -189,15 +199,7 @@ impl Gateway {
             Some(i) => upstreams[i].catalog.load_full(),
             None => Arc::new(known.map(|record| Catalog::from_record(&record)).unwrap_or_default()),
         };
-        let upstream = Arc::new(Upstream {
-            name,
-            service: service.boxed_mcp(),
-            catalog: ArcSwap::new(catalog),
-            status: watch::Sender::new(Status::connecting()),
-            refresh: Notify::new(),
-            added: Instant::now(),
-            task: Mutex::new(None),
-        });
+        let upstream = Arc::new(Upstream::new(name, service.boxed_mcp(), catalog));
         let task = tokio::spawn(maintain::run(Arc::downgrade(&self.shared), upstream.clone()));
         *upstream.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
         match place {

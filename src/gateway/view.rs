@@ -59,7 +59,7 @@ impl View {
         });
         let capabilities = merge_capabilities(&catalogs);
         View {
-            upstreams: upstreams.iter().map(|u| (u.name.clone(), u.service.clone())).collect(),
+            upstreams: upstreams.iter().map(|u| (u.name.clone(), u.heard.clone())).collect(),
             by_name: [0, 1, 2, 3].map(|i: usize| index(&lists[i])),
             templates: Templates::new(&lists[ItemKind::Templates as usize]),
             discover: discover(&capabilities, &catalogs).to_string().into(),

@@ -375,7 +375,8 @@ async fn an_upstream_whose_pages_never_end_is_cut_off() {
 
 #[tokio::test]
 async fn a_tool_without_a_name_is_left_out_and_the_rest_is_listed() {
-    let script = Upstream::modern().tools(&[r#"{"description":"?"}"#, "7", r#"{"name":""}"#, r#"{"name":"t"}"#]);
+    let script =
+        Upstream::modern().tools(&[r#"{"description":"?"}"#, "7", r#"{"name":""}"#, r#"{"name":"t"}"#]);
     let upstream = script.start().await;
     let gateway = Gateway::with([("up", upstream.url())]).start().await;
     assert_eq!(gateway.modern().tools().await, ["up_t"]);
@@ -383,13 +384,13 @@ async fn a_tool_without_a_name_is_left_out_and_the_rest_is_listed() {
 
 #[tokio::test]
 async fn a_server_with_resources_and_no_templates_is_as_good_as_any() {
-    let script = Upstream::legacy()
-        .tool("t")
-        .list("resources", &[r#"{"uri":"a:b","name":"b"}"#])
-        .on("resources/templates/list", |sent| {
+    let script = Upstream::legacy().tool("t").list("resources", &[r#"{"uri":"a:b","name":"b"}"#]).on(
+        "resources/templates/list",
+        |sent| {
             let answer = error(&sent, 200, r#"{"code":-32601,"message":"Method not found"}"#);
             async { answer }
-        });
+        },
+    );
     let upstream = script.start().await;
     let gateway = Gateway::with([("up", upstream.url())]).start().await;
     assert_eq!(gateway.modern().tools().await, ["up_t"]);

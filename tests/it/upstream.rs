@@ -9,7 +9,7 @@ use axum::{body::Body, response::Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
-use crate::stage::{Gateway, Script, Sent, Upstream, error, eventually, events, plain, result};
+use crate::stage::{Gateway, Script, Sent, Upstream, error, events, eventually, plain, result};
 
 /// A gateway in front of one that goes wrong and one that does not.
 struct House {
@@ -76,7 +76,9 @@ async fn whatever_goes_wrong_is_one_clear_sentence() {
         ("another id", "bad_upstream", |_| {
             with_type(JSON, 200, r#"{"jsonrpc":"2.0","id":"hunter2","result":{}}"#)
         }),
-        ("a result without id", "bad_upstream", |_| with_type(JSON, 200, r#"{"jsonrpc":"2.0","id":null,"result":{}}"#)),
+        ("a result without id", "bad_upstream", |_| {
+            with_type(JSON, 200, r#"{"jsonrpc":"2.0","id":null,"result":{}}"#)
+        }),
         ("a request", "bad_upstream", |sent| with_type(JSON, 200, envelope(sent, r#""method":"hunter2""#))),
         ("neither result nor error", "bad_upstream", |sent| with_type(JSON, 200, envelope(sent, r#""x":1"#))),
         ("both", "bad_upstream", |sent| {
@@ -101,7 +103,8 @@ async fn whatever_goes_wrong_is_one_clear_sentence() {
             with_type(JSON, 200, Body::from_stream(cut))
         }),
         ("a stream cut short", "unavailable", |_| {
-            let cut = futures_util::stream::iter([Ok("data: {\"json"), Err(std::io::Error::other("hunter2"))]);
+            let cut =
+                futures_util::stream::iter([Ok("data: {\"json"), Err(std::io::Error::other("hunter2"))]);
             with_type("text/event-stream", 200, Body::from_stream(cut))
         }),
     ];
@@ -136,9 +139,13 @@ async fn a_stream_cut_after_some_of_it_ends_with_an_error() {
 async fn an_answer_without_end_is_cut_off() {
     let script = Upstream::modern().tool("t").on("tools/call", |_| async {
         let chunk = Ok::<_, std::io::Error>("x".repeat(1 << 20));
-        with_type("application/json", 200, Body::from_stream(futures_util::stream::repeat_with(move || {
-            chunk.as_ref().map(Clone::clone).map_err(|_| std::io::Error::other("never"))
-        })))
+        with_type(
+            "application/json",
+            200,
+            Body::from_stream(futures_util::stream::repeat_with(move || {
+                chunk.as_ref().map(Clone::clone).map_err(|_| std::io::Error::other("never"))
+            })),
+        )
     });
     House::with(script).await.fails("without end", "bad_upstream").await;
 }
@@ -305,7 +312,9 @@ async fn a_redirect_within_the_origin_is_followed() {
 
 #[tokio::test]
 async fn a_redirect_elsewhere_is_not_followed() {
-    for (status, scheme) in [(307, "http://"), (308, "http://"), (307, "//"), (302, "http://"), (301, "http://")] {
+    for (status, scheme) in
+        [(307, "http://"), (308, "http://"), (307, "//"), (302, "http://"), (301, "http://")]
+    {
         let elsewhere = Upstream::modern().tool("t").start().await;
         let base = format!("{scheme}{}", elsewhere.address);
         let (gateway, _upstream) = moved(status, Some(base)).await;

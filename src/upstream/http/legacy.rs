@@ -116,8 +116,7 @@ pub(super) async fn call(
             }
             Err(Refusal::Failed(error)) => {
                 if error.fault == Fault::Unreachable {
-                    // Whatever comes back there may be of another era.
-                    endpoint.wrong.store(true, Ordering::Relaxed);
+                    shared.doubt(endpoint);
                 }
                 return Err(error.into());
             }
@@ -185,7 +184,7 @@ async fn sweep(shared: Weak<Shared>) {
 impl Session {
     async fn open(
         shared: &Arc<Shared>,
-        endpoint: &Endpoint,
+        endpoint: &Arc<Endpoint>,
         caller: &Caller,
         stray: broadcast::Sender<Notification>,
     ) -> Result<Session, UpstreamError> {
@@ -199,8 +198,7 @@ impl Session {
             Answer::Events(headers, events) => (headers, first_response(shared, events).await?),
             Answer::Accepted => return Err(wire.error(Fault::Garbled, "`initialize` had no answer")),
             Answer::Refused(status, _, body) => {
-                // Nothing here speaks MCP now. Ask again for the era next time.
-                endpoint.wrong.store(true, Ordering::Relaxed);
+                shared.doubt(endpoint);
                 return Err(wire.refused(status, &body));
             }
         };

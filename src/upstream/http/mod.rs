@@ -13,10 +13,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     str::FromStr as _,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -81,13 +78,12 @@ struct Endpoint {
     /// The same with what every POST has.
     post: HeaderMap,
     version: ProtocolVersion,
-    /// It turned out to be another server now.
-    wrong: AtomicBool,
 }
 
 impl Connection for Endpoint {
+    /// Never by itself; whoever finds it to be wrong [doubts](Shared::doubt) it.
     fn is_closed(&self) -> bool {
-        self.wrong.load(Ordering::Relaxed)
+        false
     }
 }
 
@@ -135,6 +131,12 @@ impl Service<McpRequest> for HttpUpstream {
 }
 
 impl Shared {
+    /// What answers there may have become another server, of another era: the next request asks again. That costs
+    /// nobody more than the asking, so one odd answer does not shut the others out.
+    fn doubt(&self, endpoint: &Arc<Endpoint>) {
+        self.endpoint.discard(endpoint);
+    }
+
     /// Resolves the configuration and finds out the era.
     async fn find(&self) -> Result<Endpoint, UpstreamError> {
         let misconfigured = |e: BoxError| self.wire.error(Fault::Misconfigured, e);
@@ -192,7 +194,7 @@ impl Shared {
             let version = version.unwrap_or(ProtocolVersion::LATEST_LEGACY);
             tracing::debug!(upstream = %self.wire.upstream(), %version, "found the upstream's era");
             let post = post_headers(&headers);
-            return Ok(Endpoint { uri, headers, post, version, wrong: AtomicBool::new(false) });
+            return Ok(Endpoint { uri, headers, post, version });
         }
         Err(self.wire.error(Fault::Misconfigured, "too many redirects"))
     }

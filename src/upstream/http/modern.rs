@@ -44,20 +44,31 @@ pub(super) async fn call(
     // Every POST stands alone, so the client's own id does as well as any.
     let id = request.id().cloned().unwrap_or_else(|| RequestId::from(1));
     let body = translate::request_json(&id, request.method(), &params);
-    match shared.wire.post(&endpoint.uri, headers, body).await? {
+    let answer = shared.wire.post(&endpoint.uri, headers, body).await.inspect_err(|error| {
+        if error.fault == Fault::Unreachable {
+            shared.doubt(endpoint);
+        }
+    })?;
+    match answer {
         Answer::Json(_, body) => Ok(McpResponse::new(response(shared, body, &id)?)),
         Answer::Events(_, events) => first_of(Reader { shared: shared.clone(), events, id }).await,
         Answer::Accepted => Err(shared.wire.error(Fault::Garbled, "an answer without a body").into()),
         Answer::Refused(status, _, body) => match Message::parse(body.clone()) {
-            Ok(Message::Response { payload: Payload::Error(error), .. }) => {
+            Ok(Message::Response { id: answered, payload: Payload::Error(error) }) => {
+                if answered.is_none() && status.is_client_error() {
+                    // "No session", for one.
+                    shared.doubt(endpoint);
+                }
                 let mut response = McpResponse::error(error);
                 let status = (status != StatusCode::OK).then_some(status);
                 response.extensions_mut().insert(HttpHint { status, ..HttpHint::default() });
                 Ok(response)
             }
             _ => {
-                // It may have become another server, of another era.
-                endpoint.wrong.store(true, std::sync::atomic::Ordering::Relaxed);
+                // A failure of the server's own says nothing of its era.
+                if !status.is_server_error() {
+                    shared.doubt(endpoint);
+                }
                 Err(shared.wire.refused(status, &body).into())
             }
         },

@@ -331,7 +331,12 @@ async fn serve(
             async move {
                 let (parts, body) = request.into_parts();
                 let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-                let sent = Sent { verb: parts.method, path: parts.uri.path().to_owned(), headers: parts.headers, body };
+                let sent = Sent {
+                    verb: parts.method,
+                    path: parts.uri.path().to_owned(),
+                    headers: parts.headers,
+                    body,
+                };
                 seen.lock().expect("no panic").push(sent.clone());
                 Ok::<_, Infallible>(script.answer(sent, &sessions).await)
             }
