@@ -104,12 +104,10 @@ pub(super) fn end_session(door: &Arc<Door>, head: &Head) -> Result<Response<Door
 
 fn find(door: &Door, head: &Head, id: Option<&RequestId>) -> Result<Arc<Session>, Refused> {
     let refuse = |status, message: String| Refused::new(status, id.cloned(), code::INVALID_REQUEST, message);
-    if let Some(version) =
-        head.single(VERSION_HEADER).map_err(|why| refuse(StatusCode::BAD_REQUEST, why.to_owned()))?
-    {
-        if version.parse::<ProtocolVersion>().is_err() {
-            return Err(refuse(StatusCode::BAD_REQUEST, format!("unsupported protocol version {version:?}")));
-        }
+    let version =
+        head.single(VERSION_HEADER).map_err(|why| refuse(StatusCode::BAD_REQUEST, why.to_owned()))?;
+    if let Some(version) = version.filter(|version| version.parse::<ProtocolVersion>().is_err()) {
+        return Err(refuse(StatusCode::BAD_REQUEST, format!("unsupported protocol version {version:?}")));
     }
     let session = match head.single(SESSION_HEADER) {
         Ok(Some(session)) => session,
