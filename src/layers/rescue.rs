@@ -7,7 +7,6 @@
 use std::{
     borrow::Cow,
     error::Error,
-    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -21,7 +20,8 @@ use tower::{Layer, Service};
 use crate::{
     BoxError, McpService,
     error::{
-        Elapsed, HeaderMismatch, InvalidParams, Overloaded, Refusal, Unimplemented, Unknown, UpstreamError,
+        Chain, Elapsed, HeaderMismatch, InvalidParams, Overloaded, Refusal, Unimplemented, Unknown,
+        UpstreamError,
     },
     protocol::{Frame, HttpHint, McpRequest, McpResponse, Method, Payload, RpcError, Target, code},
 };
@@ -300,27 +300,6 @@ fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
         next = error.source();
     }
     None
-}
-
-/// Shows an error with everything behind it.
-pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.0.to_string();
-        f.write_str(&said)?;
-        let mut next = self.0.source();
-        while let Some(error) = next {
-            let text = error.to_string();
-            // Many errors quote their source in their own text already.
-            if !said.contains(&text) {
-                write!(f, ": {text}")?;
-                said = text;
-            }
-            next = error.source();
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

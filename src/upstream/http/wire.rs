@@ -128,6 +128,11 @@ impl Wire {
         if kind.eq_ignore_ascii_case("text/event-stream") {
             return Ok(Answer::Events(parts.headers, Events::new(body, self.limit)));
         }
+        if parts.status == StatusCode::ACCEPTED {
+            // Taken, and that is all; some servers say so in words.
+            let _ = Limited::new(body, REFUSAL_LIMIT).collect().await;
+            return Ok(Answer::Accepted);
+        }
         let is_json = kind.eq_ignore_ascii_case("application/json");
         let body = Limited::new(body, self.limit).collect().await.map_err(|e| match e.downcast() {
             Ok(e) => self.read_error(ReadError::Cut(*e)),
@@ -184,10 +189,21 @@ pub(super) fn post_headers(extra: &HeaderMap) -> HeaderMap {
 
 /// Where a redirect leads, when it stays at the origin: credentials must not follow one elsewhere.
 pub(super) fn redirect(from: &Uri, headers: &HeaderMap) -> Option<Uri> {
-    let location = headers.get(LOCATION)?.to_str().ok()?;
-    let target: Uri = match location.starts_with('/') && !location.starts_with("//") {
-        true => format!("{}://{}{location}", from.scheme_str()?, from.authority()?).parse().ok()?,
-        false => location.parse().ok()?,
+    same_origin(from, headers.get(LOCATION)?.to_str().ok()?)
+}
+
+/// What a reference found at `from` means, when it stays at the origin.
+pub(super) fn same_origin(from: &Uri, reference: &str) -> Option<Uri> {
+    let base = || Some(format!("{}://{}", from.scheme_str()?, from.authority()?));
+    let target: Uri = match reference {
+        _ if reference.contains("://") || reference.starts_with("//") => reference.parse().ok()?,
+        _ if reference.starts_with('/') => format!("{}{reference}", base()?).parse().ok()?,
+        // Relative to the last segment of the path, or to its query.
+        _ if reference.starts_with('?') => format!("{}{}{reference}", base()?, from.path()).parse().ok()?,
+        _ => {
+            let (folder, _) = from.path().rsplit_once('/')?;
+            format!("{}{folder}/{reference}", base()?).parse().ok()?
+        }
     };
     (target.scheme() == from.scheme() && target.authority() == from.authority()).then_some(target)
 }
