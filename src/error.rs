@@ -1,5 +1,13 @@
 //! What can go wrong, as small types. Layers fail with them; [`rescue`](crate::layers::rescue) turns them into
 //! answers.
+//!
+//! ```
+//! use portcullis::{BoxError, error::Refusal};
+//!
+//! // What a layer of one's own fails with, when the client shall know why.
+//! let error: BoxError = Refusal::new("budget_spent", "alice has no calls left today").into();
+//! assert_eq!(error.to_string(), "alice has no calls left today");
+//! ```
 
 use std::{borrow::Cow, error::Error, fmt, time::Duration};
 

@@ -3,6 +3,20 @@
 //! One table maps an error's type to a JSON-RPC error or, for `tools/call`, to a result with `isError`: a model can
 //! read that and do something else, which it cannot with a protocol error. The client gets the public text only;
 //! the whole chain goes to the log.
+//!
+//! ```
+//! use portcullis::{error::Refusal, layers::RescueLayer, protocol::McpRequest};
+//! use tower::{ServiceBuilder, ServiceExt as _, service_fn};
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let service = ServiceBuilder::new().layer(RescueLayer::new()).service(service_fn(|_: McpRequest| async {
+//!     Err::<portcullis::protocol::McpResponse, _>(Refusal::new("asleep", "come back at nine"))
+//! }));
+//! let answer = service.oneshot(McpRequest::call_tool("open", serde_json::json!({}))).await.unwrap();
+//! let result = answer.payload().to_value().unwrap();
+//! assert_eq!((&result["isError"], &result["structuredContent"]["code"]), (&true.into(), &"asleep".into()));
+//! # });
+//! ```
 
 use std::{
     borrow::Cow,

@@ -130,12 +130,12 @@ impl Pump {
                 line = outgoing.next_line() => match line {
                     Ok(Some(line)) => {
                         let (wire, endpoint, headers) = (self.wire.clone(), self.endpoint.clone(), self.headers.clone());
-                        posts.spawn(async move { wire.post(&endpoint, headers, line.into()).await });
+                        posts.spawn(async move { wire.deliver(&endpoint, headers, line.into()).await });
                     }
                     _ => return "the connection was closed".to_owned(),
                 },
                 Some(posted) = posts.join_next() => match posted {
-                    Ok(Ok(Answer::Refused(status, ..))) => return format!("a message was refused: HTTP {status}"),
+                    Ok(Ok(status)) if !status.is_success() => return format!("a message was refused: HTTP {status}"),
                     Ok(Err(error)) => return error.to_string(),
                     _ => {}
                 },

@@ -97,6 +97,20 @@ impl Wire {
         self.send(Method::POST, uri, headers, body).await
     }
 
+    /// Posts one message whose answer comes another way.
+    pub(super) async fn deliver(
+        &self,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<StatusCode, UpstreamError> {
+        let response = self.exchange(Method::POST, uri, headers, body).await?;
+        let status = response.status();
+        // Read to its end, or the connection cannot be used again.
+        let _ = Limited::new(response.into_body(), REFUSAL_LIMIT).collect().await;
+        Ok(status)
+    }
+
     /// Sends a request and reads as much of the answer as its kind needs.
     pub(super) async fn send(
         &self,
@@ -105,15 +119,25 @@ impl Wire {
         headers: HeaderMap,
         body: Bytes,
     ) -> Result<Answer, UpstreamError> {
+        let response = self.exchange(method, uri, headers, body).await?;
+        self.read(response).await
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, UpstreamError> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = uri.clone();
         *request.headers_mut() = headers;
-        let response = self.client().request(request).await.map_err(|e| {
+        self.client().request(request).await.map_err(|e| {
             let fault = if e.is_connect() { Fault::Unreachable } else { Fault::Lost };
             self.error(fault, e)
-        })?;
-        self.read(response).await
+        })
     }
 
     async fn read(&self, response: Response<Incoming>) -> Result<Answer, UpstreamError> {
