@@ -33,7 +33,7 @@ use crate::{
     protocol::{McpRequest, McpResponse, Naming, ServerName},
     registry::{CatalogRecord, Change, Registry, RegistryError, ServerRecord, Snapshot},
     stack::{self, Stack},
-    upstream::{HttpUpstream, StdioCommand, StdioUpstream, Transport, secret},
+    upstream::{HttpUpstream, SseUpstream, StdioCommand, StdioUpstream, Transport, secret},
 };
 
 /// What an [`App`] is started with.
@@ -207,7 +207,11 @@ impl Client {
             Transport::Builtin { kind } => {
                 demo::service(kind).unwrap_or_else(|| unsupported(name, transport))
             }
-            Transport::Sse { .. } | Transport::Stdio { .. } => unsupported(name, transport),
+            Transport::Sse { url, headers } => headers
+                .iter()
+                .fold(SseUpstream::new(name, url), |client, (name, value)| client.header(name, value))
+                .boxed_mcp(),
+            Transport::Stdio { .. } => unsupported(name, transport),
         };
         Client { service, child: None }
     }

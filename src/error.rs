@@ -1,5 +1,13 @@
 //! What can go wrong, as small types. Layers fail with them; [`rescue`](crate::layers::rescue) turns them into
 //! answers.
+//!
+//! ```
+//! use portcullis::{BoxError, error::Refusal};
+//!
+//! // What a layer of one's own fails with, when the client shall know why.
+//! let error: BoxError = Refusal::new("budget_spent", "alice has no calls left today").into();
+//! assert_eq!(error.to_string(), "alice has no calls left today");
+//! ```
 
 use std::{borrow::Cow, error::Error, fmt, time::Duration};
 
@@ -171,5 +179,26 @@ impl fmt::Display for UpstreamError {
 impl Error for UpstreamError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         Some(&*self.source)
+    }
+}
+
+/// Shows an error with everything behind it.
+pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.0.to_string();
+        f.write_str(&said)?;
+        let mut next = self.0.source();
+        while let Some(error) = next {
+            let text = error.to_string();
+            // Many errors quote their source in their own text already.
+            if !said.contains(&text) {
+                write!(f, ": {text}")?;
+                said = text;
+            }
+            next = error.source();
+        }
+        Ok(())
     }
 }

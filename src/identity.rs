@@ -1,6 +1,15 @@
 //! Who is calling, what of the gateway they see, and through which client.
 //!
 //! A request without an identity does not exist: anonymous is a principal like any other, with rights of its own.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use portcullis::{identity::{Caller, Principal}, protocol::{McpRequest, Method}};
+//!
+//! let alice = Caller { principal: Principal::named("alice"), ..(*Caller::anonymous()).clone() };
+//! let request = McpRequest::bare(Method::ToolsList).with_caller(Arc::new(alice));
+//! assert_eq!(request.principal().as_str(), "alice");
+//! ```
 
 use std::{
     fmt,

@@ -1,4 +1,13 @@
 //! The one service type, and how to hold one.
+//!
+//! ```
+//! use portcullis::{BoxError, BoxMcpService, McpService, protocol::{McpRequest, McpResponse}};
+//!
+//! // Every tower service of this shape is an McpService; `boxed_mcp` forgets which.
+//! let ping = tower::service_fn(|_: McpRequest| async { Ok::<_, BoxError>(McpResponse::raw("{}")) });
+//! let service: BoxMcpService = ping.boxed_mcp();
+//! # let _ = service;
+//! ```
 
 use tower::{Layer, Service, ServiceExt as _, util::BoxCloneSyncService};
 

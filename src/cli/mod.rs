@@ -160,7 +160,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(WRONG_USE);
     }
     // Sources are often quoted by what they caused; nobody wants to read them twice.
-    let _ = writeln!(stderr, "error: {}", crate::layers::rescue::Chain(error.as_ref()));
+    let _ = writeln!(stderr, "error: {}", crate::error::Chain(error.as_ref()));
     match error.is::<Usage>() {
         true => ExitCode::from(WRONG_USE),
         false => ExitCode::FAILURE,

@@ -67,7 +67,7 @@ impl Catalog {
 
     /// For the registry to keep.
     pub fn to_record(&self) -> CatalogRecord {
-        let copy = |kind| self.items(kind).iter().filter_map(|item| raw_value(item)).collect();
+        let copy = |kind| self.items(kind).iter().filter_map(raw_value).collect();
         CatalogRecord {
             discover: self.discover.as_ref().and_then(|d| raw_value(d.as_bytes())),
             tools: copy(ItemKind::Tools),

@@ -17,8 +17,8 @@ use tower::ServiceExt as _;
 use super::{Catalog, Shared, Upstream};
 use crate::{
     BoxError, BoxMcpService, McpService as _,
+    error::Chain,
     error::{Fault, UpstreamError},
-    layers::rescue::Chain,
     protocol::{Frame, FrameStream, McpRequest, Method, Params, Payload},
 };
 

@@ -3,11 +3,24 @@
 //! One table maps an error's type to a JSON-RPC error or, for `tools/call`, to a result with `isError`: a model can
 //! read that and do something else, which it cannot with a protocol error. The client gets the public text only;
 //! the whole chain goes to the log.
+//!
+//! ```
+//! use portcullis::{error::Refusal, layers::RescueLayer, protocol::McpRequest};
+//! use tower::{ServiceBuilder, ServiceExt as _, service_fn};
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let service = ServiceBuilder::new().layer(RescueLayer::new()).service(service_fn(|_: McpRequest| async {
+//!     Err::<portcullis::protocol::McpResponse, _>(Refusal::new("asleep", "come back at nine"))
+//! }));
+//! let answer = service.oneshot(McpRequest::call_tool("open", serde_json::json!({}))).await.unwrap();
+//! let result = answer.payload().to_value().unwrap();
+//! assert_eq!((&result["isError"], &result["structuredContent"]["code"]), (&true.into(), &"asleep".into()));
+//! # });
+//! ```
 
 use std::{
     borrow::Cow,
     error::Error,
-    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -21,7 +34,8 @@ use tower::{Layer, Service};
 use crate::{
     BoxError, McpService,
     error::{
-        Elapsed, HeaderMismatch, InvalidParams, Overloaded, Refusal, Unimplemented, Unknown, UpstreamError,
+        Chain, Elapsed, HeaderMismatch, InvalidParams, Overloaded, Refusal, Unimplemented, Unknown,
+        UpstreamError,
     },
     protocol::{Frame, HttpHint, McpRequest, McpResponse, Method, Payload, RpcError, Target, code},
 };
@@ -300,27 +314,6 @@ fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
         next = error.source();
     }
     None
-}
-
-/// Shows an error with everything behind it.
-pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.0.to_string();
-        f.write_str(&said)?;
-        let mut next = self.0.source();
-        while let Some(error) = next {
-            let text = error.to_string();
-            // Many errors quote their source in their own text already.
-            if !said.contains(&text) {
-                write!(f, ": {text}")?;
-                said = text;
-            }
-            next = error.source();
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ mod name;
 mod raw;
 mod request;
 mod response;
+mod route;
 mod rpc;
 mod version;
 
@@ -38,6 +39,7 @@ pub use name::{InvalidName, Naming, NamingMode, ServerName};
 pub use raw::RawObject;
 pub use request::{McpRequest, Params};
 pub use response::{HttpHint, McpResponse, Payload};
+pub use route::Route;
 pub use rpc::{RpcError, code};
 pub use version::{Era, ProtocolVersion};
 

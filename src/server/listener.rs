@@ -93,12 +93,12 @@ impl Server {
                 accepted = accept(&self.listener, &self.connections) => accepted,
                 () = &mut shutdown => break,
             };
+            next = (next + 1) % lanes.len();
             // A lane that is gone panicked; its connections are lost, and the others go on.
             let mut connection = Some(connection);
-            for _ in 0..lanes.len() {
-                next = (next + 1) % lanes.len();
+            for lane in lanes[next..].iter().chain(&lanes[..next]) {
                 let Some(c) = connection.take() else { break };
-                connection = lanes[next].connections.send(c).err().map(|e| e.0);
+                connection = lane.connections.send(c).err().map(|e| e.0);
             }
         }
         drop(self.listener);

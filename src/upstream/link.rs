@@ -11,7 +11,7 @@ use std::{
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    error::{Fault, UpstreamError},
+    error::{Chain, Fault, UpstreamError},
     protocol::ServerName,
 };
 
@@ -132,7 +132,8 @@ impl<C: Connection> Link<C> {
                 Ok(connection)
             }
             Err(error) => {
-                let failure = Failure { fault: error.fault, reason: error.source.to_string().into() };
+                let failure =
+                    Failure { fault: error.fault, reason: Chain(&*error.source).to_string().into() };
                 *state = down(failure.clone(), failures);
                 Err(failure)
             }

@@ -24,7 +24,7 @@ pub mod stdio;
 pub(crate) mod translate;
 
 #[cfg(feature = "client")]
-pub use http::HttpUpstream;
+pub use http::{HttpUpstream, SseUpstream};
 #[cfg(feature = "peer")]
 pub use peer::PeerUpstream;
 pub use spec::{Transport, UpstreamSpec};

@@ -6,6 +6,8 @@ mod byte_for_byte;
 #[cfg(feature = "daemon")]
 mod cli;
 #[cfg(feature = "daemon")]
+mod examples;
+#[cfg(feature = "daemon")]
 mod gateway;
 #[cfg(feature = "daemon")]
 mod http;
@@ -15,6 +17,8 @@ mod legacy;
 mod modern;
 #[cfg(feature = "daemon")]
 mod rmcp_client;
+#[cfg(feature = "daemon")]
+mod sse_upstream;
 #[cfg(feature = "daemon")]
 mod stage;
 #[cfg(feature = "daemon")]

@@ -17,28 +17,14 @@
 mod layer;
 mod rules;
 
-use std::sync::Arc;
-
-use bytes::Bytes;
-
 pub use layer::{Access, AccessFuture, AccessLayer};
 pub use rules::{AccessRules, InvalidGlob};
 
-use crate::protocol::{ServerName, Target};
+pub use crate::protocol::Route;
+use crate::protocol::Target;
 
 /// Finds what a name stands for. The gateway is one.
 pub trait Directory: Send + Sync + 'static {
     /// The upstream and the upstream's own name behind a target.
     fn find(&self, target: &Target) -> Option<Route>;
-}
-
-/// What a name stands for. `access` leaves it in the request's extensions, for the layers further in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// The upstream.
-    pub server: ServerName,
-    /// The name, URI or id at the upstream.
-    pub own: Arc<str>,
-    /// The definition as listed, when it was listed.
-    pub definition: Option<Bytes>,
 }

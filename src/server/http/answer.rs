@@ -25,14 +25,26 @@ impl Chunks {
 
 /// The answer to `method` under `id`. A stream has no such form.
 pub(super) fn response(id: &RequestId, method: &Method, payload: Payload, era: Era) -> Chunks {
+    let mark = Mark::of(&payload);
+    marked_response(id, method, payload, mark, era)
+}
+
+/// The same for a payload whose mark is known: telling it is the only thing that reads a large result.
+pub(super) fn marked_response(
+    id: &RequestId,
+    method: &Method,
+    payload: Payload,
+    mark: Mark,
+    era: Era,
+) -> Chunks {
     let mut chunks = vec![prefix(id, b"result")];
     match payload {
         Payload::Items(list) => {
             let (open, close) = list.frame_json(era == Era::Modern);
             chunks.extend([open, list.items_json().clone(), close]);
         }
-        Payload::Raw(json) => push_result(&mut chunks, json, method, era),
-        Payload::Value(value) => push_result(&mut chunks, value.to_string().into(), method, era),
+        Payload::Raw(json) => push_result(&mut chunks, json, mark, method, era),
+        Payload::Value(value) => push_result(&mut chunks, value.to_string().into(), mark, method, era),
         Payload::Error(error) => {
             chunks = vec![prefix(id, b"error"), translate_error(error, method, era).as_bytes().clone()]
         }
@@ -76,18 +88,57 @@ fn prefix(id: &RequestId, member: &[u8]) -> Bytes {
 }
 
 /// A result with or without the marks of the modern era: `resultType`, and for some methods cache hints.
-fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method, era: Era) {
-    match era {
-        Era::Modern => push_modern(chunks, json, method),
-        Era::Legacy => chunks.push(legacy_result(json, method)),
+fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, mark: Mark, method: &Method, era: Era) {
+    match (era, mark) {
+        (Era::Modern, Mark::None) => push_modern(chunks, json, method),
+        (Era::Modern, _) | (Era::Legacy, Mark::None) => chunks.push(json),
+        (Era::Legacy, _) => chunks.push(legacy_result(json, method)),
+    }
+}
+
+/// What a result's `resultType` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// There is none: a legacy upstream's result.
+    None,
+    Complete,
+    InputRequired,
+    Other,
+}
+
+impl Mark {
+    /// Where serializers put it, at either end, nothing is scanned; a result that has the word somewhere else is
+    /// looked at properly.
+    pub(super) fn of(payload: &Payload) -> Mark {
+        let json = match payload {
+            Payload::Raw(json) => json,
+            Payload::Value(value) => return Mark::named(value.get("resultType").and_then(|t| t.as_str())),
+            Payload::Items(_) | Payload::Error(_) | Payload::Stream(_) => return Mark::Other,
+        };
+        if begins_complete(json) || ends_complete(json) {
+            return Mark::Complete;
+        }
+        if memmem::find(json, b"\"resultType\"").is_none() {
+            return Mark::None;
+        }
+        match RawObject::parse(json.clone()) {
+            Ok(result) => Mark::named(result.get_string("resultType").as_deref()),
+            Err(_) => Mark::Other,
+        }
+    }
+
+    fn named(mark: Option<&str>) -> Mark {
+        match mark {
+            None => Mark::None,
+            Some("complete") => Mark::Complete,
+            Some("input_required") => Mark::InputRequired,
+            Some(_) => Mark::Other,
+        }
     }
 }
 
 /// A legacy upstream's result has no marks; they are put in front.
 fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
-    if is_marked(&json) {
-        return chunks.push(json);
-    }
     let hinted = method.is_cacheable()
         && RawObject::parse(json.clone()).ok().is_none_or(|result| result.get("ttlMs").is_none());
     let rest = json.trim_ascii_start().strip_prefix(b"{").map(|rest| json.slice_ref(rest));
@@ -104,16 +155,6 @@ fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
 
 const COMPLETE: &[u8] = br#""resultType":"complete""#;
 
-/// Whether the result has a `resultType`. Where serializers put it, at either end, nothing is scanned; a result that
-/// has the word somewhere else is looked at properly.
-fn is_marked(json: &[u8]) -> bool {
-    begins_complete(json)
-        || ends_complete(json)
-        || (memmem::find(json, b"\"resultType\"").is_some()
-            && RawObject::parse(Bytes::copy_from_slice(json))
-                .is_ok_and(|result| result.get("resultType").is_some()))
-}
-
 fn begins_complete(json: &[u8]) -> bool {
     json.strip_prefix(b"{").is_some_and(|rest| rest.starts_with(COMPLETE))
 }
@@ -123,17 +164,9 @@ fn ends_complete(json: &[u8]) -> bool {
     json.strip_suffix(b"}").is_some_and(|rest| rest.ends_with(COMPLETE))
 }
 
-/// Whether the result is one that says it is complete, or says nothing, as far as that can be told at a glance.
-pub(super) fn is_plainly_complete(json: &[u8]) -> bool {
-    begins_complete(json) || ends_complete(json) || memmem::find(json, b"\"input_required\"").is_none()
-}
-
 /// Strict legacy clients refuse the marks of the modern era. A result without the first of them is a legacy
 /// upstream's, and then the others are no marks.
 fn legacy_result(json: Bytes, method: &Method) -> Bytes {
-    if !is_marked(&json) {
-        return json;
-    }
     if !method.is_cacheable() {
         // The usual case: one mark at one end, and the rest stays where it is.
         if let Some(rest) = json.strip_prefix(br#"{"resultType":"complete","#) {

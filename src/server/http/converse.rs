@@ -10,7 +10,12 @@ use futures_util::{StreamExt as _, future::join_all};
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 
-use super::{answer, answer::Chunks, call, session::Session};
+use super::{
+    answer,
+    answer::{Chunks, Mark},
+    call,
+    session::Session,
+};
 use crate::{
     McpService,
     protocol::{
@@ -34,19 +39,12 @@ pub(super) struct Conversation<S> {
     pub(super) sender: mpsc::Sender<Chunks>,
 }
 
-/// Whether a result is `input_required`.
-pub(super) fn wants_input(payload: &Payload) -> bool {
-    let Payload::Raw(json) = payload else { return false };
-    !answer::is_plainly_complete(json)
-        && payload.to_object().is_some_and(|r| r.get("resultType") == Some("\"input_required\""))
-}
-
 impl<S: McpService> Conversation<S> {
     /// Runs it to its result.
     pub(super) async fn run(self, first: Payload) {
         let mut payload = self.settle(first).await;
         for _ in 0..MOST_ROUNDS {
-            if !wants_input(&payload) {
+            if Mark::of(&payload) != Mark::InputRequired {
                 break;
             }
             payload = match self.retry(payload.to_object()).await {
@@ -57,7 +55,7 @@ impl<S: McpService> Conversation<S> {
                 Err(error) => Payload::Error(error),
             };
         }
-        if wants_input(&payload) {
+        if Mark::of(&payload) == Mark::InputRequired {
             let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
             payload = Payload::Error(error);
         }

@@ -20,11 +20,8 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, apply_hint, call,
-    converse::{self, Conversation},
-    empty, events, json, method_not_allowed,
-    modern::drained,
-    session::Session,
+    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, answer::Mark, apply_hint, call,
+    converse::Conversation, empty, events, json, method_not_allowed, modern::drained, session::Session,
 };
 use crate::{
     McpService,
@@ -107,12 +104,10 @@ pub(super) fn end_session(door: &Arc<Door>, head: &Head) -> Result<Response<Door
 
 fn find(door: &Door, head: &Head, id: Option<&RequestId>) -> Result<Arc<Session>, Refused> {
     let refuse = |status, message: String| Refused::new(status, id.cloned(), code::INVALID_REQUEST, message);
-    if let Some(version) =
-        head.single(VERSION_HEADER).map_err(|why| refuse(StatusCode::BAD_REQUEST, why.to_owned()))?
-    {
-        if version.parse::<ProtocolVersion>().is_err() {
-            return Err(refuse(StatusCode::BAD_REQUEST, format!("unsupported protocol version {version:?}")));
-        }
+    let version =
+        head.single(VERSION_HEADER).map_err(|why| refuse(StatusCode::BAD_REQUEST, why.to_owned()))?;
+    if let Some(version) = version.filter(|version| version.parse::<ProtocolVersion>().is_err()) {
+        return Err(refuse(StatusCode::BAD_REQUEST, format!("unsupported protocol version {version:?}")));
     }
     let session = match head.single(SESSION_HEADER) {
         Ok(Some(session)) => session,
@@ -242,10 +237,14 @@ async fn forward<S: McpService>(
     };
     let (payload, extensions) = answered.into_parts();
     let hint = extensions.get::<HttpHint>();
-    let mut response = match payload {
-        payload @ Payload::Stream(_) => stream_of(service, finish, request, payload),
-        payload if converse::wants_input(&payload) => stream_of(service, finish, request, payload),
-        payload => json(StatusCode::OK, answer::response(&id, request.method(), payload, Era::Legacy)),
+    let mark = Mark::of(&payload);
+    let mut response = match (payload, mark) {
+        (payload @ Payload::Stream(_), _) | (payload, Mark::InputRequired) => {
+            stream_of(service, finish, request, payload)
+        }
+        (payload, mark) => {
+            json(StatusCode::OK, answer::marked_response(&id, request.method(), payload, mark, Era::Legacy))
+        }
     };
     apply_hint(&mut response, hint, false);
     Ok(response)

@@ -245,11 +245,9 @@ impl Session {
         let mut params = translate::legacy_params(request);
         // Several clients may share the session; each must get its own progress.
         let token = params.progress_token();
-        if token.is_some() {
-            if let Some(mut meta) = params.meta().cloned() {
-                meta.set("progressToken", id.as_str());
-                params.object_mut().set("_meta", meta.as_str());
-            }
+        if let (Some(_), Some(mut meta)) = (&token, params.meta().cloned()) {
+            meta.set("progressToken", id.as_str());
+            params.object_mut().set("_meta", meta.as_str());
         }
         let cancel = CancelOnDrop { session: self.clone(), id: Some(id.clone()) };
         let body = translate::request_json(&id, request.method(), &params);

@@ -7,6 +7,7 @@
 mod legacy;
 mod modern;
 mod sse;
+mod stream;
 mod wire;
 
 use std::{
@@ -38,6 +39,7 @@ use crate::{
         code,
     },
 };
+pub use stream::SseUpstream;
 
 /// One message of more than this is refused: 64 MiB, well above any result a model can use.
 const MESSAGE_LIMIT: usize = 64 << 20;
@@ -71,6 +73,30 @@ struct Spec {
     headers: BTreeMap<String, String>,
 }
 
+impl Spec {
+    fn new(url: String) -> Self {
+        Spec { url, headers: BTreeMap::new() }
+    }
+
+    /// With what the references stand for now.
+    fn resolve(&self) -> Result<(Uri, HeaderMap), BoxError> {
+        let url = secret::expand(&self.url, &secret::process_env)?;
+        let uri = Uri::from_str(url.expose())?;
+        if uri.authority().is_none() {
+            return Err("the URL has no host".into());
+        }
+        let mut headers = HeaderMap::new();
+        for (name, value) in &self.headers {
+            let value = secret::expand(value, &secret::process_env)?;
+            let mut value = HeaderValue::from_str(value.expose())
+                .map_err(|_| format!("the value of header {name:?} has characters no header may have"))?;
+            value.set_sensitive(true);
+            headers.insert(HeaderName::from_str(name)?, value);
+        }
+        Ok((uri, headers))
+    }
+}
+
 /// The endpoint as found: where, with what headers, and of which era.
 struct Endpoint {
     uri: Uri,
@@ -90,7 +116,7 @@ impl Connection for Endpoint {
 impl HttpUpstream {
     /// The server at `url`, which may hold `${VAR}` references. Nothing is sent before the first request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
-        Self::with(name, Spec { url: url.into(), headers: BTreeMap::new() })
+        Self::with(name, Spec::new(url.into()))
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.
@@ -139,27 +165,8 @@ impl Shared {
 
     /// Resolves the configuration and finds out the era.
     async fn find(&self) -> Result<Endpoint, UpstreamError> {
-        let misconfigured = |e: BoxError| self.wire.error(Fault::Misconfigured, e);
-        let url =
-            secret::expand(&self.spec.url, &secret::process_env).map_err(|e| misconfigured(e.into()))?;
-        let uri = Uri::from_str(url.expose()).map_err(|e| misconfigured(e.into()))?;
-        if uri.authority().is_none() {
-            return Err(misconfigured("the URL has no host".into()));
-        }
-        let headers = self.resolve_headers().map_err(misconfigured)?;
+        let (uri, headers) = self.spec.resolve().map_err(|e| self.wire.error(Fault::Misconfigured, e))?;
         self.probe(uri, headers).await
-    }
-
-    fn resolve_headers(&self) -> Result<HeaderMap, BoxError> {
-        let mut headers = HeaderMap::new();
-        for (name, value) in &self.spec.headers {
-            let value = secret::expand(value, &secret::process_env)?;
-            let mut value = HeaderValue::from_str(value.expose())
-                .map_err(|_| format!("the value of header {name:?} has characters no header may have"))?;
-            value.set_sensitive(true);
-            headers.insert(HeaderName::from_str(name)?, value);
-        }
-        Ok(headers)
     }
 
     /// Asks `server/discover`. A modern answer, good or bad, says modern; anything else says legacy.

@@ -14,10 +14,9 @@ use super::{
 use crate::{
     BoxError,
     error::{Fault, UpstreamError},
-    layers::Route,
     protocol::{
         Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
-        Params, Payload, ProtocolVersion, RequestId, Unsolicited, encode_header,
+        Params, Payload, ProtocolVersion, RequestId, Route, Unsolicited, encode_header,
     },
     upstream::translate,
 };

@@ -97,6 +97,20 @@ impl Wire {
         self.send(Method::POST, uri, headers, body).await
     }
 
+    /// Posts one message whose answer comes another way.
+    pub(super) async fn deliver(
+        &self,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<StatusCode, UpstreamError> {
+        let response = self.exchange(Method::POST, uri, headers, body).await?;
+        let status = response.status();
+        // Read to its end, or the connection cannot be used again.
+        let _ = Limited::new(response.into_body(), REFUSAL_LIMIT).collect().await;
+        Ok(status)
+    }
+
     /// Sends a request and reads as much of the answer as its kind needs.
     pub(super) async fn send(
         &self,
@@ -105,15 +119,25 @@ impl Wire {
         headers: HeaderMap,
         body: Bytes,
     ) -> Result<Answer, UpstreamError> {
+        let response = self.exchange(method, uri, headers, body).await?;
+        self.read(response).await
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        uri: &Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, UpstreamError> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = uri.clone();
         *request.headers_mut() = headers;
-        let response = self.client().request(request).await.map_err(|e| {
+        self.client().request(request).await.map_err(|e| {
             let fault = if e.is_connect() { Fault::Unreachable } else { Fault::Lost };
             self.error(fault, e)
-        })?;
-        self.read(response).await
+        })
     }
 
     async fn read(&self, response: Response<Incoming>) -> Result<Answer, UpstreamError> {
@@ -127,6 +151,11 @@ impl Wire {
         let kind = kind.split(';').next().unwrap_or_default().trim();
         if kind.eq_ignore_ascii_case("text/event-stream") {
             return Ok(Answer::Events(parts.headers, Events::new(body, self.limit)));
+        }
+        if parts.status == StatusCode::ACCEPTED {
+            // Taken, and that is all; some servers say so in words.
+            let _ = Limited::new(body, REFUSAL_LIMIT).collect().await;
+            return Ok(Answer::Accepted);
         }
         let is_json = kind.eq_ignore_ascii_case("application/json");
         let body = Limited::new(body, self.limit).collect().await.map_err(|e| match e.downcast() {
@@ -184,10 +213,21 @@ pub(super) fn post_headers(extra: &HeaderMap) -> HeaderMap {
 
 /// Where a redirect leads, when it stays at the origin: credentials must not follow one elsewhere.
 pub(super) fn redirect(from: &Uri, headers: &HeaderMap) -> Option<Uri> {
-    let location = headers.get(LOCATION)?.to_str().ok()?;
-    let target: Uri = match location.starts_with('/') && !location.starts_with("//") {
-        true => format!("{}://{}{location}", from.scheme_str()?, from.authority()?).parse().ok()?,
-        false => location.parse().ok()?,
+    same_origin(from, headers.get(LOCATION)?.to_str().ok()?)
+}
+
+/// What a reference found at `from` means, when it stays at the origin.
+pub(super) fn same_origin(from: &Uri, reference: &str) -> Option<Uri> {
+    let base = || Some(format!("{}://{}", from.scheme_str()?, from.authority()?));
+    let target: Uri = match reference {
+        _ if reference.contains("://") || reference.starts_with("//") => reference.parse().ok()?,
+        _ if reference.starts_with('/') => format!("{}{reference}", base()?).parse().ok()?,
+        // Relative to the last segment of the path, or to its query.
+        _ if reference.starts_with('?') => format!("{}{}{reference}", base()?, from.path()).parse().ok()?,
+        _ => {
+            let (folder, _) = from.path().rsplit_once('/')?;
+            format!("{}{folder}/{reference}", base()?).parse().ok()?
+        }
     };
     (target.scheme() == from.scheme() && target.authority() == from.authority()).then_some(target)
 }

@@ -1,0 +1,177 @@
+//! HTTP+SSE, the transport of 2024-11-05: one stream for all that comes, a POST for each message that goes.
+//!
+//! That is a pair of byte streams in disguise, so the messages are pumped through a pipe to the client that speaks on
+//! pipes.
+
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, Method as HttpMethod, Uri, header::ACCEPT};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream},
+    task::JoinSet,
+};
+use tower::Service;
+
+use super::{
+    MESSAGE_LIMIT, Spec,
+    sse::Events,
+    wire::{Answer, Wire, post_headers, same_origin},
+};
+use crate::{
+    BoxError,
+    error::{Fault, UpstreamError},
+    protocol::{Era, McpRequest, McpResponse, ServerName},
+    upstream::{
+        lines::{self, Lines, Surroundings},
+        link::Link,
+    },
+};
+
+/// How much may wait in the pipe.
+const PIPE: usize = 64 * 1024;
+
+/// An upstream behind the deprecated HTTP+SSE transport.
+///
+/// ```
+/// let upstream = portcullis::upstream::SseUpstream::new("old".parse()?, "http://127.0.0.1:3000/sse");
+/// # Ok::<_, portcullis::protocol::InvalidName>(())
+/// ```
+#[derive(Clone)]
+pub struct SseUpstream {
+    name: ServerName,
+    spec: Spec,
+    wire: Arc<Wire>,
+    link: Arc<Link<Lines>>,
+}
+
+impl SseUpstream {
+    /// The server whose stream is at `url`, which may hold `${VAR}` references. Nothing is sent before the first
+    /// request.
+    pub fn new(name: ServerName, url: impl Into<String>) -> Self {
+        let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
+        SseUpstream { spec: Spec::new(url.into()), wire, link: Link::new(name.clone()), name }
+    }
+
+    /// Adds a header to every request. The value may hold `${VAR}` references.
+    #[must_use]
+    pub fn header(mut self, name: &str, value: &str) -> Self {
+        self.spec.headers.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    async fn connect(self) -> Result<Lines, UpstreamError> {
+        let (uri, headers) = self.spec.resolve().map_err(|e| self.wire.error(Fault::Misconfigured, e))?;
+        let mut get = headers.clone();
+        get.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
+        let mut events = match self.wire.send(HttpMethod::GET, &uri, get, Bytes::new()).await? {
+            Answer::Events(_, events) => events,
+            Answer::Refused(status, _, body) => return Err(self.wire.refused(status, &body)),
+            _ => return Err(self.wire.error(Fault::Misconfigured, "there is no event stream at this URL")),
+        };
+        let first = events.next().await.map_err(|e| self.wire.read_error(e))?;
+        let endpoint = first.and_then(|event| same_origin(&uri, std::str::from_utf8(&event.data).ok()?));
+        let Some(endpoint) = endpoint else {
+            return Err(self
+                .wire
+                .error(Fault::Garbled, "the stream does not begin with an endpoint of the same origin"));
+        };
+
+        let (ours, theirs) = tokio::io::duplex(PIPE);
+        let pump = Pump { wire: self.wire.clone(), endpoint, headers: post_headers(&headers) };
+        let task = tokio::spawn(pump.run(events, theirs));
+        let pumping = AbortOnDrop(task.abort_handle());
+        let around = Surroundings {
+            max_line: MESSAGE_LIMIT,
+            gone: Box::pin(async move { task.await.unwrap_or_else(|e| e.to_string()) }),
+            closing: Box::pin(std::future::pending()),
+        };
+        let (read, write) = tokio::io::split(ours);
+        let wire = lines::Wire::start(&self.name, read, write, around);
+        let opened = lines::open(&wire, Some(Era::Legacy)).await.map_err(|unopened| unopened.error)?;
+        Ok(Lines::new(wire, opened, pumping))
+    }
+}
+
+/// Both directions, until one of them ends.
+struct Pump {
+    wire: Arc<Wire>,
+    endpoint: Uri,
+    headers: HeaderMap,
+}
+
+impl Pump {
+    /// Says why it ended.
+    async fn run(self, mut events: Events, pipe: DuplexStream) -> String {
+        let (read, mut write) = tokio::io::split(pipe);
+        let mut outgoing = BufReader::new(read).lines();
+        // A server may keep a POST open until it has answered on the stream; the others must not wait for that.
+        let mut posts = JoinSet::new();
+        loop {
+            tokio::select! {
+                event = events.next() => match event {
+                    Ok(Some(event)) => {
+                        // A message is a line; between tokens, JSON's own line breaks are spaces.
+                        let mut line = event.data.to_vec();
+                        line.iter_mut().filter(|b| matches!(**b, b'\n' | b'\r')).for_each(|b| *b = b' ');
+                        line.push(b'\n');
+                        if write.write_all(&line).await.is_err() {
+                            return "nobody listens any more".to_owned();
+                        }
+                    }
+                    Ok(None) => return "the stream ended".to_owned(),
+                    Err(error) => return error.to_string(),
+                },
+                line = outgoing.next_line() => match line {
+                    Ok(Some(line)) => {
+                        let (wire, endpoint, headers) = (self.wire.clone(), self.endpoint.clone(), self.headers.clone());
+                        posts.spawn(async move { wire.deliver(&endpoint, headers, line.into()).await });
+                    }
+                    _ => return "the connection was closed".to_owned(),
+                },
+                Some(posted) = posts.join_next() => match posted {
+                    Ok(Ok(status)) if !status.is_success() => return format!("a message was refused: HTTP {status}"),
+                    Ok(Err(error)) => return error.to_string(),
+                    _ => {}
+                },
+            }
+        }
+    }
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Service<McpRequest> for SseUpstream {
+    type Response = McpResponse;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<McpResponse, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: McpRequest) -> Self::Future {
+        let upstream = self.clone();
+        Box::pin(async move {
+            let lines = upstream.link.get(|| upstream.clone().connect()).await?;
+            Ok(lines.call(request).await?)
+        })
+    }
+}
+
+impl fmt::Debug for SseUpstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SseUpstream").field("upstream", &self.name).finish_non_exhaustive()
+    }
+}
