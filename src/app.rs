@@ -148,12 +148,24 @@ impl App {
         let snapshot = self.shared.registry.snapshot();
         let wanted: HashMap<ServerName, Arc<ServerRecord>> =
             snapshot.enabled().map(|server| (server.name.clone(), server.clone())).collect();
-        // Rules first: a tool must not be seen for a moment before it is hidden.
-        self.shared.rules.store(Arc::new(rules_of(&snapshot)));
         let Applied { records, children } = &mut *applied;
+        // What goes, goes before its rules do; what comes, comes after them. A tool must not be seen for a moment
+        // before it is hidden.
         for name in records.keys().filter(|name| !wanted.contains_key(*name)) {
             self.shared.gateway.remove(name);
             children.remove(name);
+        }
+        let changed = |before: &ServerRecord, after: &ServerRecord| before.spec != after.spec;
+        let rules_changed =
+            wanted.iter().any(|(name, now)| records.get(name).is_some_and(|was| was.rules != now.rules));
+        for (name, now) in &wanted {
+            if records.get(name).is_some_and(|was| was.rules != now.rules && changed(was, now)) {
+                self.shared.gateway.remove(name);
+            }
+        }
+        self.shared.rules.store(Arc::new(rules_of(&snapshot)));
+        if rules_changed {
+            self.shared.gateway.announce();
         }
         for server in snapshot.enabled() {
             if applied.records.get(&server.name).is_none_or(|before| before.spec != server.spec) {

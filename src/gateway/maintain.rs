@@ -39,6 +39,8 @@ pub struct Status {
     pub kind: StatusKind,
     /// How often its catalog was listed.
     pub listed: u64,
+    /// How often that was tried.
+    pub tried: u64,
 }
 
 /// The states of an upstream.
@@ -58,7 +60,7 @@ pub enum StatusKind {
 
 impl Status {
     pub(super) fn connecting() -> Self {
-        Status { kind: StatusKind::Connecting, listed: 0 }
+        Status { kind: StatusKind::Connecting, listed: 0, tried: 0 }
     }
 }
 
@@ -154,6 +156,7 @@ fn adopt(shared: &Shared, upstream: &Arc<Upstream>, catalog: Catalog) {
     upstream.status.send_modify(|status| {
         status.kind = StatusKind::Up;
         status.listed += 1;
+        status.tried += 1;
     });
 }
 
@@ -204,13 +207,12 @@ async fn until_changed(changes: Option<FrameStream>, every: Duration) -> Next {
 
 fn report_down(upstream: &Upstream, error: &BoxError) {
     let text = Chain(&**error).to_string();
-    upstream.status.send_if_modified(|status| {
+    upstream.status.send_modify(|status| {
+        status.tried += 1;
         let down = StatusKind::Down { error: text.clone() };
-        let news = status.kind != down;
-        if news {
+        if status.kind != down {
             tracing::warn!(upstream = %upstream.name, error = text, "upstream is down");
             status.kind = down;
         }
-        news
     });
 }

@@ -224,16 +224,27 @@ impl Gateway {
         self.shared.publish(&upstreams);
     }
 
+    /// Tells everybody who listens that the lists may look different: after a change of rules, which only those
+    /// outside of the gateway know of.
+    pub fn announce(&self) {
+        let upstreams = self.shared.lock();
+        // Nothing is as it was before, so nothing compares as unchanged.
+        let view = View::merge(&self.shared.naming, &upstreams, &View::default());
+        self.shared.view.store(Arc::new(view));
+        self.shared.revision.send_modify(|n| *n += 1);
+    }
+
     /// Lists an upstream again. Returns when it is done, or with what went wrong.
     pub async fn refresh(&self, name: &ServerName) -> Result<(), String> {
         let Some(upstream) = self.shared.lock().iter().find(|u| u.name == *name).cloned() else {
             return Err(format!("unknown server `{name}`"));
         };
         let mut status = upstream.status.subscribe();
-        let before = status.borrow_and_update().listed;
+        let before = status.borrow_and_update().tried;
         upstream.refresh.notify_one();
-        let outcome =
-            status.wait_for(|s| s.listed > before || matches!(s.kind, StatusKind::Down { .. })).await;
+        // Held, it would keep the channel open when the upstream is removed.
+        drop(upstream);
+        let outcome = status.wait_for(|s| s.tried > before).await;
         match outcome.map(|s| s.kind.clone()) {
             Ok(StatusKind::Down { error }) => Err(error),
             Ok(_) => Ok(()),

@@ -7,7 +7,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use http::HeaderMap;
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{json, value::RawValue};
 use tower::{Service, ServiceExt as _};
 
 use super::{Gateway, Shared, listen, view::View};
@@ -40,7 +40,7 @@ impl Service<McpRequest> for Gateway {
                     Ok(McpResponse::raw(shared.view.load().discover().clone()))
                 }
                 Method::Listen => {
-                    Ok(McpResponse::new(Payload::Stream(listen::listen(&shared, &request).await)))
+                    Ok(McpResponse::new(Payload::Stream(listen::listen(&shared, &request).await?)))
                 }
                 method => match ItemKind::of(method) {
                     Some(kind) => list(&shared, kind).await,
@@ -84,7 +84,7 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
     check_param_headers(&request, &route)?;
     let renamed = (*route.own != **target.name()).then(|| target.name().clone());
     if renamed.is_some() {
-        let params = rename(request.params().clone(), &target, &route.own);
+        let params = rename(request.params().clone(), request.method(), &target, &route.own);
         request.set_params(params);
     }
     if request.extensions().get::<Route>().is_none() {
@@ -115,11 +115,11 @@ async fn forward_unnamed(view: &View, request: McpRequest) -> Result<McpResponse
 }
 
 /// The params with the upstream's own name in them.
-fn rename(mut params: Params, target: &Target, own: &str) -> Params {
+fn rename(mut params: Params, method: &Method, target: &Target, own: &str) -> Params {
     let quoted = json!(own).to_string();
     match target {
         Target::Tool(_) => params.set_keeping_meta("name", &quoted),
-        Target::Prompt(_) | Target::Template(_) if params.get("ref").is_some() => {
+        Target::Prompt(_) | Target::Template(_) if *method == Method::Complete => {
             if let Some(mut reference) = params.get_object("ref") {
                 let member = if matches!(target, Target::Prompt(_)) { "name" } else { "uri" };
                 reference.set(member, quoted);
@@ -161,7 +161,7 @@ fn check_param_headers(request: &McpRequest, route: &Route) -> Result<(), BoxErr
     if expected.is_empty() {
         return Ok(());
     }
-    let arguments = request.params().get_as::<Value>("arguments").and_then(Result::ok).unwrap_or_default();
+    let arguments = request.params().get_object("arguments").unwrap_or_else(RawObject::empty);
     for (name, wanted) in expected.expected(&arguments) {
         let mut given = headers.get_all(name).iter();
         let same = match (given.next(), wanted) {

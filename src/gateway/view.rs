@@ -107,6 +107,7 @@ impl View {
             Some(Route {
                 server: item.server.clone(),
                 own: item.own.clone(),
+                template: None,
                 definition: Some(item.raw.clone()),
             })
         };
@@ -124,17 +125,23 @@ impl View {
     /// A URI nobody lists: it may be spelled for one server, fit a template, or be of the family of what one
     /// upstream alone lists. Servers hand out such URIs in their results.
     fn unlisted(&self, uri: &str) -> Option<Route> {
+        // Rules are about names as they are written, and `/a/../b` is another way to write `/b`.
+        if uri.split(['/', '?', '#']).any(|segment| matches!(segment, "." | "..")) {
+            return None;
+        }
         let unlisted = |server: &ServerName, own: &str| Route {
             server: server.clone(),
             own: own.into(),
+            template: None,
             definition: None,
         };
-        if let Some((server, own)) = self.spelled_for(uri) {
-            return Some(unlisted(server, own));
-        }
         if let Some(i) = self.templates.fitting(uri) {
             let template = &self.list(ItemKind::Templates).items()[i];
-            return Some(unlisted(&template.server, uri));
+            return Some(Route { template: Some(template.own.clone()), ..unlisted(&template.server, uri) });
+        }
+        if let Some((server, own)) = self.spelled_for(uri) {
+            let template = self.templates.fitting_of(self.list(ItemKind::Templates), server, own);
+            return Some(Route { template, ..unlisted(server, own) });
         }
         let family = family(uri)?;
         let listed =
@@ -266,6 +273,12 @@ impl Templates {
             }
         }
         Templates { globs: set.build().unwrap_or_default(), places }
+    }
+
+    /// The template of one server that fits.
+    fn fitting_of(&self, list: &ItemList, server: &ServerName, uri: &str) -> Option<Arc<str>> {
+        let fitting = self.globs.matches(uri).into_iter().map(|g| &list.items()[self.places[g].0]);
+        fitting.into_iter().find(|item| item.server == *server).map(|item| item.own.clone())
     }
 
     /// The most literal template that fits; the first of equals.

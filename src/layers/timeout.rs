@@ -16,8 +16,8 @@ use crate::{
 };
 
 /// Fails a request that has no result after `limit`; progress does not prolong it. Unlike tower's own timeout this
-/// one sees the frames of a stream, not only its beginning. `subscriptions/listen` is exempt: it is meant to stay
-/// open. It belongs in the upstream stack, right outside the client.
+/// one sees the frames of a stream, not only its beginning. Of `subscriptions/listen` it sees the beginning only: the
+/// rest is meant to stay open. It belongs in the upstream stack, right outside the client.
 ///
 /// ```
 /// # use portcullis::layers::TimeoutLayer;
@@ -64,16 +64,13 @@ impl<S: McpService> Service<McpRequest> for Timeout<S> {
         let exempt = *request.method() == Method::Listen;
         let (limit, answer) = (self.limit, self.inner.call(request));
         Box::pin(async move {
-            if exempt {
-                return answer.await.map_err(Into::into);
-            }
             let deadline = Instant::now() + limit;
             let response = match timeout_at(deadline, answer).await {
                 Ok(answered) => answered.map_err(Into::into)?,
                 Err(_) => return Err(Elapsed { after: limit }.into()),
             };
             Ok(match response.into_parts() {
-                (Payload::Stream(frames), ext) => {
+                (Payload::Stream(frames), ext) if !exempt => {
                     McpResponse::from_parts(Payload::Stream(until(frames, deadline, limit)), ext)
                 }
                 (payload, ext) => McpResponse::from_parts(payload, ext),
@@ -131,9 +128,11 @@ mod tests {
     async fn a_subscription_may_stay_open() {
         let (mut service, mut inner) = testing::layer(TimeoutLayer::new(LIMIT));
         let response = service.call(McpRequest::bare(Method::Listen));
-        let held = inner.next_request().await;
-        tokio::time::sleep(LIMIT * 10).await;
-        held.answer(McpResponse::raw("{}"));
-        assert!(response.await.is_ok());
+        let frames = stream::once(async {
+            tokio::time::sleep(LIMIT * 10).await;
+            Ok(Frame::Final(Payload::Value(serde_json::json!({}))))
+        });
+        inner.answer(McpResponse::new(Payload::Stream(Box::pin(frames)))).await;
+        assert!(response.await.unwrap().into_payload().settle().await.is_ok());
     }
 }

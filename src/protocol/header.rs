@@ -83,23 +83,25 @@ impl ParamHeaders {
     /// Each header with the value it must have for these arguments; `None` when it must be absent.
     pub fn expected<'a>(
         &'a self,
-        arguments: &'a Value,
+        arguments: &'a RawObject,
     ) -> impl Iterator<Item = (&'a HeaderName, Option<String>)> {
         self.0.iter().map(move |p| (&p.header, p.value(arguments)))
     }
 }
 
 impl ParamHeader {
-    fn value(&self, arguments: &Value) -> Option<String> {
-        let mut at = arguments;
-        for key in self.path.iter() {
-            at = at.get(key)?;
+    fn value(&self, arguments: &RawObject) -> Option<String> {
+        let (last, way) = self.path.split_last()?;
+        let mut at = arguments.clone();
+        for key in way {
+            at = at.get_object(key)?;
         }
-        match at {
-            Value::String(text) => Some(text.clone()),
-            Value::Bool(flag) => Some(flag.to_string()),
-            Value::Number(number) => Some(number.to_string()),
-            Value::Null | Value::Array(_) | Value::Object(_) => None,
+        match at.get(last)? {
+            text if text.starts_with('"') => at.get_string(last).map(Into::into),
+            "null" => None,
+            json if json.starts_with(['{', '[']) => None,
+            // Numbers and booleans are written in a header as they are in JSON.
+            json => Some(json.to_owned()),
         }
     }
 }
@@ -174,6 +176,7 @@ mod tests {
         }}))
         .unwrap();
         let arguments = json!({ "region": "eu", "o": { "n": 42 } });
+        let arguments = RawObject::parse(arguments.to_string().into()).unwrap();
         let mut values: Vec<_> = found.expected(&arguments).map(|(h, v)| (h.to_string(), v)).collect();
         values.sort();
         assert_eq!(

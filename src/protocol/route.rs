@@ -14,6 +14,8 @@ pub struct Route {
     pub server: ServerName,
     /// The name, URI or id at the upstream.
     pub own: Arc<str>,
+    /// The template a resource nobody lists is an instance of, as the upstream spells it.
+    pub template: Option<Arc<str>>,
     /// The definition as listed, when it was listed.
     pub definition: Option<Bytes>,
 }

@@ -15,6 +15,8 @@ use crate::{
     protocol::ServerName,
 };
 
+/// No handshake takes longer: the slowest are programs that are downloaded first.
+const ATTEMPT: Duration = Duration::from_secs(45);
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A connection that lived this long was a good one: its end is no reason to wait.
@@ -29,6 +31,8 @@ pub(crate) trait Connection: Send + Sync + 'static {
 /// At most one connection of one kind.
 pub(crate) struct Link<C> {
     upstream: ServerName,
+    /// How long one attempt may take.
+    within: Duration,
     state: Mutex<State<C>>,
 }
 
@@ -51,7 +55,12 @@ struct Failure {
 impl<C: Connection> Link<C> {
     /// No connection yet.
     pub(crate) fn new(upstream: ServerName) -> Arc<Self> {
-        Arc::new(Link { upstream, state: Mutex::new(State::Idle { failures: 0 }) })
+        Self::within(upstream, ATTEMPT)
+    }
+
+    /// The same, with a limit for each attempt: without one, a peer that is silent would be waited for for ever.
+    pub(crate) fn within(upstream: ServerName, within: Duration) -> Arc<Self> {
+        Arc::new(Link { upstream, within, state: Mutex::new(State::Idle { failures: 0 }) })
     }
 
     /// The connection, made by `connect` when there is none. The attempt goes on when the caller goes away, for
@@ -77,7 +86,11 @@ impl<C: Connection> Link<C> {
                     let attempt = connect();
                     let link = self.clone();
                     tokio::spawn(async move {
-                        sender.send_replace(Some(link.attempted(attempt.await, failures)))
+                        let outcome = tokio::time::timeout(link.within, attempt).await.unwrap_or_else(|_| {
+                            let error = "no answer to the handshake in time";
+                            Err(UpstreamError::new(&link.upstream, Fault::Unreachable, error))
+                        });
+                        sender.send_replace(Some(link.attempted(outcome, failures)))
                     });
                     outcome
                 }

@@ -90,8 +90,7 @@ impl Gate {
     fn admit(&self, request: &mut McpRequest) -> Result<(), BoxError> {
         let rules = self.rules.load();
         if let Some(target) = request.target().cloned() {
-            let route =
-                self.directory.find(&target).filter(|r| rules.allows(&r.server, &r.own, target.name()));
+            let route = self.directory.find(&target).filter(|r| rules.allows_route(r, target.name()));
             let route = match (route, &target) {
                 (Some(route), _) => route,
                 // A task is not in any catalog; the router knows, or does not.
@@ -105,7 +104,9 @@ impl Gate {
             Method::Listen => self.narrow(request, &rules),
             // What an unknown method addresses, nobody here can tell. With any rule in force it could be a way
             // around that rule.
-            Method::Other(_) if !rules.is_empty() && !request.method().is_notification() => {
+            Method::Other(_)
+                if !rules.is_empty() && (request.id().is_some() || !request.method().is_notification()) =>
+            {
                 return Err(Unimplemented(request.method().clone()).into());
             }
             _ => {}
@@ -121,7 +122,7 @@ impl Gate {
             .iter()
             .filter(|uri| {
                 let route = self.directory.find(&Target::Resource(uri.as_str().into()));
-                route.is_some_and(|r| rules.allows(&r.server, &r.own, uri))
+                route.is_some_and(|r| rules.allows_route(&r, uri))
             })
             .collect();
         if visible.len() == wanted.len() {
@@ -223,7 +224,7 @@ mod tests {
 
     impl Directory for Everything {
         fn find(&self, target: &Target) -> Option<Route> {
-            Some(Route { server: mock(), own: target.name().clone(), definition: None })
+            Some(Route { server: mock(), own: target.name().clone(), template: None, definition: None })
         }
     }
 

@@ -1,10 +1,14 @@
 //! The predicate.
 
-use std::{collections::HashMap, error::Error, fmt};
+use std::{
+    collections::{HashMap, HashSet},
+    error::Error,
+    fmt,
+};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 
-use crate::protocol::ServerName;
+use crate::protocol::{Route, ServerName};
 
 /// Which tools, prompts and resources of which upstream may be seen. A server without rules shows everything.
 #[derive(Clone, Debug, Default)]
@@ -14,8 +18,21 @@ pub struct AccessRules {
 
 #[derive(Clone, Debug)]
 struct ServerRules {
-    allow: Option<GlobSet>,
-    deny: GlobSet,
+    allow: Option<Globs>,
+    deny: Globs,
+}
+
+/// Globs, and their own text: a template's name holds braces, which mean something else in a glob.
+#[derive(Clone, Debug)]
+struct Globs {
+    set: GlobSet,
+    literals: HashSet<String>,
+}
+
+impl Globs {
+    fn is_match(&self, name: &str) -> bool {
+        self.literals.contains(name) || self.set.is_match(name)
+    }
 }
 
 impl AccessRules {
@@ -44,17 +61,26 @@ impl AccessRules {
     /// Whether something named `own` at `server`, and `exposed` here, may be seen and called.
     pub fn allows(&self, server: &ServerName, own: &str, exposed: &str) -> bool {
         let Some(rules) = self.servers.get(server) else { return true };
-        let matches = |globs: &GlobSet| globs.is_match(own) || globs.is_match(exposed);
+        let matches = |globs: &Globs| globs.is_match(own) || globs.is_match(exposed);
+        !matches(&rules.deny) && rules.allow.as_ref().is_none_or(matches)
+    }
+
+    /// The same for where a name leads: an instance of a denied template is denied, and one of an allowed template
+    /// is allowed, whatever its own URI is.
+    pub fn allows_route(&self, route: &Route, exposed: &str) -> bool {
+        let Some(rules) = self.servers.get(&route.server) else { return true };
+        let names = [Some(&*route.own), Some(exposed), route.template.as_deref()];
+        let matches = |globs: &Globs| names.iter().flatten().any(|name| globs.is_match(name));
         !matches(&rules.deny) && rules.allow.as_ref().is_none_or(matches)
     }
 }
 
-fn compile(globs: &[String]) -> Result<GlobSet, InvalidGlob> {
+fn compile(globs: &[String]) -> Result<Globs, InvalidGlob> {
     let mut set = GlobSetBuilder::new();
     for glob in globs {
         set.add(GlobBuilder::new(glob).literal_separator(false).build().map_err(InvalidGlob)?);
     }
-    set.build().map_err(InvalidGlob)
+    Ok(Globs { set: set.build().map_err(InvalidGlob)?, literals: globs.iter().cloned().collect() })
 }
 
 /// Not a glob.
@@ -101,6 +127,22 @@ mod tests {
         assert!(allows(Some(&["read"]), &[], "read"));
         assert!(!allows(Some(&["Read"]), &[], "read"));
         assert!(!allows(None, &["s_*"], "read"));
+    }
+
+    #[test]
+    fn what_a_template_is_denied_its_instances_are_too() {
+        let server: ServerName = "s".parse().unwrap();
+        let mut rules = AccessRules::default();
+        rules.set_server(server.clone(), None, &["demo://secret/{id}".to_owned()]).unwrap();
+        assert!(!rules.allows(&server, "demo://secret/{id}", "demo://secret/{id}"));
+        let route = |template: &str| Route {
+            server: server.clone(),
+            own: "demo://secret/7".into(),
+            template: Some(template.into()),
+            definition: None,
+        };
+        assert!(!rules.allows_route(&route("demo://secret/{id}"), "demo://secret/7"));
+        assert!(rules.allows_route(&route("demo://open/{id}"), "demo://secret/7"));
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! Questions reach the client as requests on the call's own stream, whatever era the upstream is of: a legacy
 //! upstream's as they come, a modern upstream's `input_required` by asking, and calling again with the answers.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all};
@@ -37,6 +40,19 @@ pub(super) struct Conversation<S> {
     pub(super) request: McpRequest,
     /// The stream. The client may be gone; the call is not.
     pub(super) sender: mpsc::Sender<Chunks>,
+    /// Questions of this call; none outlives it.
+    pub(super) asked: Asked,
+}
+
+/// The numbers of a call's questions.
+#[derive(Default)]
+pub(super) struct Asked(Mutex<Vec<u64>>);
+
+impl<S> Drop for Conversation<S> {
+    fn drop(&mut self) {
+        let asked = self.asked.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        asked.drain(..).for_each(|number| self.session.withdraw(number));
+    }
 }
 
 impl<S: McpService> Conversation<S> {
@@ -88,11 +104,17 @@ impl<S: McpService> Conversation<S> {
         None
     }
 
+    fn number(&self, reply: Reply) -> u64 {
+        let number = self.session.ask(reply);
+        self.asked.0.lock().unwrap_or_else(PoisonError::into_inner).push(number);
+        number
+    }
+
     /// The answer comes with a POST of its own and finds its way by its number.
     async fn pass_on(&self, method: Method, params: Params, reply: Reply) {
         match self.can_answer(&method, &params) {
             Ok(()) => {
-                let id = RequestId::from(self.session.ask(reply));
+                let id = RequestId::from(self.number(reply));
                 self.say(answer::request(&id, &method, &params)).await;
             }
             Err(error) => reply.refuse(error),
@@ -137,7 +159,7 @@ impl<S: McpService> Conversation<S> {
         };
         self.can_answer(&method, &params)?;
         let (reply, answer) = Reply::new();
-        let number = self.session.ask(reply);
+        let number = self.number(reply);
         self.say(answer::request(&RequestId::from(number), &method, &params)).await;
         let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
         self.session.withdraw(number);

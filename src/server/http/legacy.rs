@@ -20,8 +20,13 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, answer::Mark, apply_hint, call,
-    converse::Conversation, empty, events, json, method_not_allowed, modern::drained, session::Session,
+    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer,
+    answer::Mark,
+    apply_hint, call,
+    converse::{Asked, Conversation},
+    empty, events, json, method_not_allowed,
+    modern::drained,
+    session::Session,
 };
 use crate::{
     McpService,
@@ -32,6 +37,8 @@ use crate::{
     },
 };
 
+/// How large `clientInfo` and `capabilities` may each be.
+const MOST_ABOUT_CLIENT: usize = 16 * 1024;
 /// Messages of one stream that the client has not read yet.
 const UNREAD: usize = 64;
 
@@ -141,6 +148,10 @@ async fn initialize<S: McpService>(
     let version = version.unwrap_or(ProtocolVersion::LATEST_LEGACY);
     let object = |member: &str| match params.get(member) {
         None => Ok(None),
+        // A session keeps them; nobody has that much to say of itself.
+        Some(json) if json.len() > MOST_ABOUT_CLIENT => {
+            Err(wrong("`capabilities` or `clientInfo` is too large"))
+        }
         Some(json) if json.starts_with('{') => Ok(Some(Bytes::copy_from_slice(json.as_bytes()))),
         Some(_) => Err(wrong("`capabilities` and `clientInfo` must be objects")),
     };
@@ -258,7 +269,14 @@ fn stream_of<S: McpService>(
 ) -> Response<DoorBody> {
     let (sender, receiver) = mpsc::channel(UNREAD);
     let (session, id) = (finish.session.clone(), finish.id.clone());
-    let conversation = Conversation { service, session: session.clone(), id: id.clone(), request, sender };
+    let conversation = Conversation {
+        service,
+        session: session.clone(),
+        id: id.clone(),
+        request,
+        sender,
+        asked: Asked::default(),
+    };
     let (running, cancel) = abortable(async move {
         conversation.run(payload).await;
         drop(finish);

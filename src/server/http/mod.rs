@@ -273,10 +273,28 @@ async fn dispatch<S: McpService>(
     head: Head,
     message: Message,
 ) -> Result<Response<DoorBody>, Refused> {
+    check_kind(&message)?;
     if modern::is_modern(&head, &message) {
         return modern::serve(service, head, message).await;
     }
     legacy::serve(service, door, head, message).await
+}
+
+/// A method says by its name whether it is answered. One that is sent the other way would pass by the checks of its
+/// kind.
+fn check_kind(message: &Message) -> Result<(), Refused> {
+    let refuse = |id: Option<&RequestId>, why: &str| {
+        Err(Refused::new(StatusCode::BAD_REQUEST, id.cloned(), code::INVALID_REQUEST, why))
+    };
+    match message {
+        Message::Notification { method, .. } if !method.is_notification() => {
+            refuse(None, "a request needs an `id`")
+        }
+        Message::Request { id, method, .. } if method.is_notification() => {
+            refuse(Some(id), "a notification has no `id`")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn method_not_allowed() -> Refused {

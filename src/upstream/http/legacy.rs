@@ -20,13 +20,16 @@ use http::{
     header::{ACCEPT, CONTENT_TYPE},
 };
 use serde_json::json;
-use tokio::sync::broadcast;
+use tokio::{
+    sync::{broadcast, watch},
+    task::AbortHandle,
+};
 
 use super::{
-    Endpoint, Shared,
+    Endpoint, HANDSHAKE, Shared,
     modern::answers,
     sse::Events,
-    wire::{Answer, PROTOCOL_VERSION, SESSION_ID, post_headers},
+    wire::{Answer, PROTOCOL_VERSION, SESSION_ID, Wire, post_headers},
 };
 use crate::{
     BoxError,
@@ -45,6 +48,12 @@ use crate::{
 /// Stray notifications that nobody has read yet; the oldest go first.
 const NOTIFICATIONS: usize = 64;
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
+/// For requests nobody waits for.
+const BRIEFLY: Duration = Duration::from_secs(10);
+/// What servers say of a session they do not know, other than by the status.
+const NO_SESSION: [i64; 2] = [-32000, -32001];
+/// A server that cannot be reached for longer has lost the session.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
 /// The stream for unsolicited messages is opened again after this long.
 const REOPEN_AFTER: Duration = Duration::from_secs(1);
 
@@ -64,7 +73,7 @@ struct Slot {
 
 /// One session.
 pub(super) struct Session {
-    shared: Weak<Shared>,
+    wire: Arc<Wire>,
     uri: Uri,
     /// With version, session id and the configured ones.
     headers: HeaderMap,
@@ -75,6 +84,12 @@ pub(super) struct Session {
     listening: AtomicBool,
     /// The level last set with `logging/setLevel`.
     log_level: Mutex<Option<Bytes>>,
+    /// How many streams want updates of a resource.
+    subscribed: Mutex<HashMap<String, usize>>,
+    /// Becomes true, or is dropped, when the session is over.
+    ended: watch::Sender<bool>,
+    /// The task that holds the stream for unsolicited messages.
+    listener: Mutex<Option<AbortHandle>>,
 }
 
 impl Connection for Session {
@@ -115,7 +130,9 @@ pub(super) async fn call(
                 return Err(shared.wire.error(Fault::Garbled, error).into());
             }
             Err(Refusal::Failed(error)) => {
-                if error.fault == Fault::Unreachable {
+                // What answers there may be another server now, or want other credentials than when we began.
+                if matches!(error.fault, Fault::Unreachable | Fault::Unauthorized | Fault::Misconfigured) {
+                    link.discard(&session);
                     shared.doubt(endpoint);
                 }
                 return Err(error.into());
@@ -164,7 +181,7 @@ impl Sessions {
         }
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || {
-            let link = Link::new(shared.wire.upstream().clone());
+            let link = Link::within(shared.wire.upstream().clone(), HANDSHAKE);
             Arc::new(Slot { link, stray: broadcast::Sender::new(NOTIFICATIONS) })
         };
         slots.entry(AffinityKey::of(caller)).or_insert_with(new).clone()
@@ -195,7 +212,7 @@ impl Session {
         let answer = wire.post(&endpoint.uri, post_headers(&endpoint.headers), body).await?;
         let (answered, message) = match answer {
             Answer::Json(headers, body) => (headers, body),
-            Answer::Events(headers, events) => (headers, first_response(shared, events).await?),
+            Answer::Events(headers, events) => (headers, first_response(wire, events).await?),
             Answer::Accepted => return Err(wire.error(Fault::Garbled, "`initialize` had no answer")),
             Answer::Refused(status, _, body) => {
                 shared.doubt(endpoint);
@@ -219,7 +236,7 @@ impl Session {
             headers.insert(SESSION_ID, session.clone());
         }
         let session = Session {
-            shared: Arc::downgrade(shared),
+            wire: shared.wire.clone(),
             uri: endpoint.uri.clone(),
             headers,
             initialized,
@@ -228,6 +245,9 @@ impl Session {
             stray,
             listening: AtomicBool::new(false),
             log_level: Mutex::default(),
+            subscribed: Mutex::default(),
+            ended: watch::Sender::new(false),
+            listener: Mutex::default(),
         };
         match session.notify(&Method::Initialized, &Params::default()).await {
             Ok(_) => Ok(session),
@@ -252,7 +272,7 @@ impl Session {
         let cancel = CancelOnDrop { session: self.clone(), id: Some(id.clone()) };
         let body = translate::request_json(&id, request.method(), &params);
         let answer = self.send(HttpMethod::POST, post_headers(&self.headers), body).await;
-        let shared = self.shared()?;
+        let wire = &self.wire;
         match answer? {
             Answer::Json(_, body) => {
                 cancel.disarm();
@@ -260,22 +280,21 @@ impl Session {
                     Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, &id) => {
                         Ok(McpResponse::new(payload))
                     }
-                    Ok(_) => Err(shared.wire.error(Fault::Garbled, "an answer to something else").into()),
-                    Err(e) => Err(shared.wire.error(Fault::Garbled, e).into()),
+                    Ok(_) => Err(wire.error(Fault::Garbled, "an answer to something else").into()),
+                    Err(e) => Err(wire.error(Fault::Garbled, e).into()),
                 }
             }
             Answer::Events(_, events) => {
-                let reader =
-                    Reader { shared, session: self.clone(), events, id, token, cancel: Some(cancel) };
+                let reader = Reader { session: self.clone(), events, id, token, cancel: Some(cancel) };
                 Ok(reader.answer().await?)
             }
             Answer::Accepted => {
                 cancel.disarm();
-                Err(shared.wire.error(Fault::Garbled, "an answer without a body").into())
+                Err(wire.error(Fault::Garbled, "an answer without a body").into())
             }
             Answer::Refused(status, _, body) => {
                 cancel.disarm();
-                Err(shared.wire.refused(status, &body).into())
+                Err(wire.refused(status, &body).into())
             }
         }
     }
@@ -290,26 +309,39 @@ impl Session {
         Ok(McpResponse::raw("{}"))
     }
 
-    /// Sends, and tells a session that is not known any more from other refusals. The specification has 404 for it;
-    /// servers in the field say 400 with an error that answers no request.
+    /// Sends, and tells a session that is not known any more from other refusals: the specification has 404 for it,
+    /// and servers in the field say 400 with an error that answers no request. A refusal that answers *this* request
+    /// is about the request.
     async fn send(&self, method: HttpMethod, headers: HeaderMap, body: Bytes) -> Result<Answer, Refusal> {
-        let shared = self.shared()?;
-        let answer = shared.wire.send(method, &self.uri, headers, body).await?;
-        let expired = match &answer {
-            Answer::Refused(StatusCode::NOT_FOUND, ..) => true,
-            Answer::Refused(StatusCode::BAD_REQUEST, _, body) => {
-                matches!(Message::parse(body.clone()), Ok(Message::Response { id: None, .. }))
-            }
+        let answer = self.wire.send(method, &self.uri, headers, body).await?;
+        let Answer::Refused(status, _, body) = &answer else { return Ok(answer) };
+        let said = match Message::parse(body.clone()) {
+            Ok(Message::Response { id, payload: Payload::Error(error) }) => Some((id, error.code())),
+            _ => None,
+        };
+        let expired = match (*status, &said) {
+            (StatusCode::NOT_FOUND, Some((Some(_), _))) => false,
+            (StatusCode::NOT_FOUND, _) => true,
+            (StatusCode::BAD_REQUEST, Some((None, code))) => NO_SESSION.contains(code),
             _ => false,
         };
         if expired && self.headers.contains_key(SESSION_ID) {
-            self.expired.store(true, Ordering::Relaxed);
+            self.expire();
             return Err(Refusal::Expired);
         }
         match answer {
-            Answer::Refused(_, _, body) if is_rpc_error(&body) => Ok(Answer::Json(HeaderMap::new(), body)),
+            // A server that wants other credentials now says so in its own words; they are not for our client.
+            Answer::Refused(status, _, body) if said.is_some() && !is_about_us(status) => {
+                Ok(Answer::Json(HeaderMap::new(), body))
+            }
             answer => Ok(answer),
         }
+    }
+
+    /// Nobody uses it any more, and whoever listened finds out.
+    fn expire(&self) {
+        self.expired.store(true, Ordering::Relaxed);
+        self.ended.send_replace(true);
     }
 
     /// Tells the server the level its one client wants. A shared session has many, and then nobody decides.
@@ -335,29 +367,61 @@ impl Session {
         }
     }
 
-    /// The unsolicited notifications the filter wants, with the resources in it subscribed to.
+    /// The unsolicited notifications the filter wants, with the resources in it subscribed to. It ends with the
+    /// session: then the subscriptions are gone, and whoever wants them must ask again.
     async fn listen(self: &Arc<Self>, request: &McpRequest) -> McpResponse {
         let filter = ListenFilter::of(request.params());
-        let notifications = self.stray.subscribe();
+        let (notifications, mut ended) = (self.stray.subscribe(), self.ended.subscribe());
         self.start_listening();
-        let mut subscribed = Vec::new();
+        let mut guard = Unsubscribe { session: Arc::downgrade(self), uris: Vec::new() };
         for uri in &filter.uris {
-            if self.subscription(&Method::ResourcesSubscribe, uri).await {
-                subscribed.push(uri.clone());
+            if self.subscribe(uri).await {
+                guard.uris.push(uri.clone());
             }
         }
-        let guard = Unsubscribe { session: self.clone(), uris: subscribed.clone() };
-        let filter = ListenFilter { uris: subscribed, ..filter };
+        let filter = ListenFilter { uris: guard.uris.clone(), ..filter };
         let frames = translate::listen_stream(filter, notifications).inspect(move |_| {
             let _held = &guard;
         });
-        McpResponse::new(Payload::Stream(Box::pin(frames)))
+        let over = async move {
+            // An error says that the session is gone, which is the same.
+            let _ = ended.wait_for(|over| *over).await;
+        };
+        McpResponse::new(Payload::Stream(Box::pin(frames.take_until(over))))
     }
 
     fn start_listening(self: &Arc<Self>) {
         if !self.listening.swap(true, Ordering::Relaxed) {
-            tokio::spawn(keep_listening(Arc::downgrade(self)));
+            let task = tokio::spawn(keep_listening(Arc::downgrade(self)));
+            *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
         }
+    }
+
+    /// One more stream wants updates. The server is asked for the first, for several streams share the session.
+    async fn subscribe(self: &Arc<Self>, uri: &str) -> bool {
+        let first = {
+            let mut subscribed = self.subscribed.lock().unwrap_or_else(PoisonError::into_inner);
+            let wanted = subscribed.entry(uri.to_owned()).or_default();
+            *wanted += 1;
+            *wanted == 1
+        };
+        let taken = !first || self.subscription(&Method::ResourcesSubscribe, uri).await;
+        if !taken {
+            self.unwant(uri);
+        }
+        taken
+    }
+
+    /// One stream less wants updates. True when it was the last.
+    fn unwant(&self, uri: &str) -> bool {
+        let mut subscribed = self.subscribed.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(wanted) = subscribed.get_mut(uri) else { return false };
+        *wanted -= 1;
+        let last = *wanted == 0;
+        if last {
+            subscribed.remove(uri);
+        }
+        last
     }
 
     async fn subscription(self: &Arc<Self>, method: &Method, uri: &str) -> bool {
@@ -365,10 +429,7 @@ impl Session {
         let body = translate::request_json(&id, method, &Params::from_value(&json!({ "uri": uri })));
         let answer = match self.send(HttpMethod::POST, post_headers(&self.headers), body).await {
             Ok(Answer::Json(_, body)) => body,
-            Ok(Answer::Events(_, events)) => match self.shared() {
-                Ok(shared) => first_response(&shared, events).await.unwrap_or_default(),
-                Err(_) => return false,
-            },
+            Ok(Answer::Events(_, events)) => first_response(&self.wire, events).await.unwrap_or_default(),
             _ => return false,
         };
         matches!(Message::parse(answer), Ok(Message::Response { payload: Payload::Raw(_), .. }))
@@ -391,30 +452,41 @@ impl Session {
             b"}",
         ]
         .concat();
-        if self.send(HttpMethod::POST, post_headers(&self.headers), message.into()).await.is_err() {
+        if briefly(self.send(HttpMethod::POST, post_headers(&self.headers), message.into())).await.is_none() {
             tracing::debug!(id = id.as_str(), "the upstream did not take an answer");
         }
     }
+}
 
-    fn shared(&self) -> Result<Arc<Shared>, Refusal> {
-        self.shared.upgrade().ok_or(Refusal::Expired)
-    }
+/// Nobody waits for these requests, so they must end by themselves: a server that hangs must not collect them.
+async fn briefly<T, E>(request: impl Future<Output = Result<T, E>>) -> Option<T> {
+    tokio::time::timeout(BRIEFLY, request).await.ok()?.ok()
+}
+
+/// Statuses that are between the gateway and its upstream.
+pub(super) fn is_about_us(status: StatusCode) -> bool {
+    status.is_server_error()
+        || status.is_redirection()
+        || matches!(
+            status,
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PROXY_AUTHENTICATION_REQUIRED
+        )
 }
 
 /// The server learns that the session is over.
 impl Drop for Session {
     fn drop(&mut self) {
-        let (Some(shared), Ok(runtime)) = (self.shared.upgrade(), tokio::runtime::Handle::try_current())
-        else {
-            return;
-        };
+        if let Some(listener) = self.listener.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            listener.abort();
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         if self.expired.load(Ordering::Relaxed) || !self.headers.contains_key(SESSION_ID) {
             return;
         }
-        let (uri, headers) = (self.uri.clone(), self.headers.clone());
+        let (wire, uri, headers) = (self.wire.clone(), self.uri.clone(), self.headers.clone());
         runtime.spawn(async move {
             // A refusal is fine: many servers do not let clients end sessions.
-            let _ = shared.wire.send(HttpMethod::DELETE, &uri, headers, Bytes::new()).await;
+            briefly(wire.send(HttpMethod::DELETE, &uri, headers, Bytes::new())).await;
         });
     }
 }
@@ -438,40 +510,70 @@ fn client_of(caller: &Caller) -> Client {
     }
 }
 
-fn is_rpc_error(body: &Bytes) -> bool {
-    matches!(Message::parse(body.clone()), Ok(Message::Response { payload: Payload::Error(_), .. }))
-}
-
 /// The first response on a stream, as it came. For the gateway's own small questions.
-async fn first_response(shared: &Shared, mut events: Events) -> Result<Bytes, UpstreamError> {
-    while let Some(event) = events.next().await.map_err(|e| shared.wire.read_error(e))? {
+async fn first_response(wire: &Wire, mut events: Events) -> Result<Bytes, UpstreamError> {
+    while let Some(event) = events.next().await.map_err(|e| wire.read_error(e))? {
         if matches!(Message::parse(event.data.clone()), Ok(Message::Response { .. })) {
             return Ok(event.data);
         }
     }
-    Err(shared.wire.error(Fault::Lost, "the stream ended before the answer"))
+    Err(wire.error(Fault::Lost, "the stream ended before the answer"))
 }
 
-/// Holds the stream for unsolicited messages open as long as the session lives, if the server offers one.
+/// Holds the stream for unsolicited messages open as long as the session lives, if the server offers one. A server
+/// that cannot be reached may have been restarted and lost the session; the next request finds out, and whoever
+/// listens is told that it is over.
 async fn keep_listening(session: Weak<Session>) {
-    while let Some(events) = open_stream(&session).await {
-        let mut events = events;
-        while let Ok(Some(event)) = events.next().await {
-            let Some(session) = session.upgrade() else { return };
-            session.take_stray(event.data).await;
+    let mut wait = REOPEN_AFTER;
+    loop {
+        match open_stream(&session).await {
+            Stream::Open(mut events) => {
+                wait = REOPEN_AFTER;
+                while let Ok(Some(event)) = events.next().await {
+                    let Some(session) = session.upgrade() else { return };
+                    session.take_stray(event.data).await;
+                }
+            }
+            Stream::NotOffered => return,
+            Stream::Failed if wait > GIVE_UP_AFTER => {
+                if let Some(session) = session.upgrade() {
+                    session.expire();
+                }
+                return;
+            }
+            Stream::Failed => {}
         }
-        tokio::time::sleep(REOPEN_AFTER).await;
+        tokio::time::sleep(wait).await;
+        wait *= 2;
     }
 }
 
-async fn open_stream(session: &Weak<Session>) -> Option<Events> {
-    let session = session.upgrade()?;
-    let mut headers = session.headers.clone();
+enum Stream {
+    Open(Events),
+    /// The server has none, or the session is over.
+    NotOffered,
+    Failed,
+}
+
+async fn open_stream(session: &Weak<Session>) -> Stream {
+    let Some((wire, uri, mut headers)) =
+        session.upgrade().map(|s| (s.wire.clone(), s.uri.clone(), s.headers.clone()))
+    else {
+        return Stream::NotOffered;
+    };
     headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
     headers.remove(CONTENT_TYPE);
-    match session.send(HttpMethod::GET, headers, Bytes::new()).await {
-        Ok(Answer::Events(_, events)) => Some(events),
-        _ => None,
+    match wire.send(HttpMethod::GET, &uri, headers, Bytes::new()).await {
+        Ok(Answer::Events(_, events)) => Stream::Open(events),
+        Ok(Answer::Refused(status, ..)) if status.is_server_error() => Stream::Failed,
+        Ok(Answer::Refused(StatusCode::NOT_FOUND, ..)) => {
+            if let Some(session) = session.upgrade() {
+                session.expire();
+            }
+            Stream::NotOffered
+        }
+        Ok(_) => Stream::NotOffered,
+        Err(_) => Stream::Failed,
     }
 }
 
@@ -497,18 +599,23 @@ impl Session {
 
 /// Ends subscriptions with the stream they were for.
 struct Unsubscribe {
-    session: Arc<Session>,
+    session: Weak<Session>,
     uris: Vec<String>,
 }
 
 impl Drop for Unsubscribe {
     fn drop(&mut self) {
-        let (session, uris) = (self.session.clone(), std::mem::take(&mut self.uris));
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        if !uris.is_empty() {
+        let (Some(session), Ok(runtime)) = (self.session.upgrade(), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        let last: Vec<String> =
+            std::mem::take(&mut self.uris).into_iter().filter(|uri| session.unwant(uri)).collect();
+        if !last.is_empty() {
             runtime.spawn(async move {
-                for uri in uris {
-                    session.subscription(&Method::ResourcesUnsubscribe, &uri).await;
+                for uri in last {
+                    let ended = session.subscription(&Method::ResourcesUnsubscribe, &uri);
+                    let _ = tokio::time::timeout(BRIEFLY, ended).await;
                 }
             });
         }
@@ -534,14 +641,13 @@ impl Drop for CancelOnDrop {
         runtime.spawn(async move {
             let mut params = Params::default();
             params.object_mut().set("requestId", id.as_str());
-            let _ = session.notify(&Method::Cancelled, &params).await;
+            briefly(session.notify(&Method::Cancelled, &params)).await;
         });
     }
 }
 
 /// The stream that answers one request.
 struct Reader {
-    shared: Arc<Shared>,
     session: Arc<Session>,
     events: Events,
     id: RequestId,
@@ -570,8 +676,7 @@ impl Reader {
     }
 
     async fn next(&mut self) -> Result<Frame, UpstreamError> {
-        let shared = self.shared.clone();
-        let wire = &shared.wire;
+        let wire = self.session.wire.clone();
         loop {
             let event = self.events.next().await.map_err(|e| wire.read_error(e))?;
             let Some(event) = event else {

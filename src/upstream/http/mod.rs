@@ -16,6 +16,7 @@ use std::{
     str::FromStr as _,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -43,6 +44,8 @@ pub use stream::SseUpstream;
 
 /// One message of more than this is refused: 64 MiB, well above any result a model can use.
 const MESSAGE_LIMIT: usize = 64 << 20;
+/// A server that takes longer to answer one question is not there.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 const MOST_REDIRECTS: usize = 3;
 
 /// An upstream behind an MCP endpoint.
@@ -61,7 +64,7 @@ pub struct HttpUpstream {
 
 struct Shared {
     spec: Spec,
-    wire: Wire,
+    wire: Arc<Wire>,
     endpoint: Arc<Link<Endpoint>>,
     sessions: Sessions,
 }
@@ -128,8 +131,8 @@ impl HttpUpstream {
     }
 
     fn with(name: ServerName, spec: Spec) -> Self {
-        let wire = Wire::new(name.clone(), MESSAGE_LIMIT);
-        let endpoint = Link::new(name);
+        let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
+        let endpoint = Link::within(name, HANDSHAKE);
         HttpUpstream { shared: Arc::new(Shared { spec, wire, endpoint, sessions: Sessions::default() }) }
     }
 }

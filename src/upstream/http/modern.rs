@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, StatusCode};
-use serde_json::Value;
 
 use super::{
     Endpoint, Shared,
+    legacy::is_about_us,
     sse::Events,
     wire::{Answer, MCP_METHOD, MCP_NAME, PROTOCOL_VERSION},
 };
@@ -16,7 +16,7 @@ use crate::{
     error::{Fault, UpstreamError},
     protocol::{
         Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
-        Params, Payload, ProtocolVersion, RequestId, Route, Unsolicited, encode_header,
+        Params, Payload, ProtocolVersion, RawObject, RequestId, Route, Unsolicited, encode_header,
     },
     upstream::translate,
 };
@@ -52,6 +52,13 @@ pub(super) async fn call(
         Answer::Json(_, body) => Ok(McpResponse::new(response(shared, body, &id)?)),
         Answer::Events(_, events) => first_of(Reader { shared: shared.clone(), events, id }).await,
         Answer::Accepted => Err(shared.wire.error(Fault::Garbled, "an answer without a body").into()),
+        Answer::Refused(status, _, body) if is_about_us(status) => {
+            if status == StatusCode::UNAUTHORIZED {
+                // The credentials may have been changed since they were read.
+                shared.doubt(endpoint);
+            }
+            Err(shared.wire.refused(status, &body).into())
+        }
         Answer::Refused(status, _, body) => match Message::parse(body.clone()) {
             Ok(Message::Response { id: answered, payload: Payload::Error(error) }) => {
                 if answered.is_none() && status.is_client_error() {
@@ -64,10 +71,7 @@ pub(super) async fn call(
                 Ok(response)
             }
             _ => {
-                // A failure of the server's own says nothing of its era.
-                if !status.is_server_error() {
-                    shared.doubt(endpoint);
-                }
+                shared.doubt(endpoint);
                 Err(shared.wire.refused(status, &body).into())
             }
         },
@@ -99,7 +103,7 @@ fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
     if annotations.is_empty() {
         return;
     }
-    let arguments = request.params().get_as::<Value>("arguments").and_then(Result::ok).unwrap_or_default();
+    let arguments = request.params().get_object("arguments").unwrap_or_else(RawObject::empty);
     for (name, value) in annotations.expected(&arguments) {
         if let Some(Ok(value)) = value.map(|value| HeaderValue::from_str(&encode_header(&value))) {
             headers.insert(name.clone(), value);

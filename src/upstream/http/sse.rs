@@ -53,13 +53,23 @@ struct Parser {
     /// The last line ended with `\r`; a `\n` right after belongs to it.
     after_cr: bool,
     data: Option<Bytes>,
+    /// All lines of an event that has several.
+    lines: BytesMut,
     id: Option<Bytes>,
     limit: usize,
 }
 
 impl Parser {
     fn new(limit: usize) -> Self {
-        Parser { buffer: BytesMut::new(), searched: 0, after_cr: false, data: None, id: None, limit }
+        Parser {
+            buffer: BytesMut::new(),
+            searched: 0,
+            after_cr: false,
+            data: None,
+            lines: BytesMut::new(),
+            id: None,
+            limit,
+        }
     }
 
     fn push(&mut self, data: Bytes) {
@@ -105,7 +115,10 @@ impl Parser {
     fn take(&mut self, line: Bytes) -> Result<Option<Event>, TooLarge> {
         if line.is_empty() {
             let id = self.id.take();
-            let data = self.data.take().filter(|data| !data.is_empty());
+            let lines = std::mem::take(&mut self.lines);
+            let data = if lines.is_empty() { self.data.take() } else { Some(lines.freeze()) };
+            self.data = None;
+            let data = data.filter(|data| !data.is_empty());
             return Ok(data.map(|data| Event { data, id }));
         }
         let colon = memchr::memchr(b':', &line).unwrap_or(line.len());
@@ -114,15 +127,19 @@ impl Parser {
             value.advance(1);
         }
         match &line[..colon] {
-            b"data" => {
-                self.data = Some(match self.data.take() {
-                    None => value,
-                    Some(before) if before.len() + value.len() > self.limit => {
+            b"data" => match &self.data {
+                None => self.data = Some(value),
+                Some(first) => {
+                    if self.lines.is_empty() {
+                        self.lines.extend_from_slice(first);
+                    }
+                    if self.lines.len() + value.len() > self.limit {
                         return Err(TooLarge { limit: self.limit });
                     }
-                    Some(before) => [&before[..], b"\n", &value[..]].concat().into(),
-                });
-            }
+                    self.lines.extend_from_slice(b"\n");
+                    self.lines.extend_from_slice(&value);
+                }
+            },
             b"id" => self.id = Some(value),
             _ => {}
         }

@@ -19,7 +19,7 @@ use tokio::{
 use tower::Service;
 
 use super::{
-    MESSAGE_LIMIT, Spec,
+    HANDSHAKE, MESSAGE_LIMIT, Spec,
     sse::Events,
     wire::{Answer, Wire, post_headers, same_origin},
 };
@@ -55,7 +55,7 @@ impl SseUpstream {
     /// request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
-        SseUpstream { spec: Spec::new(url.into()), wire, link: Link::new(name.clone()), name }
+        SseUpstream { spec: Spec::new(url.into()), wire, link: Link::within(name.clone(), HANDSHAKE), name }
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.

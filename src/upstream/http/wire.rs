@@ -57,6 +57,8 @@ static CONNECTOR: LazyLock<HttpsConnector<HttpConnector>> = LazyLock::new(|| {
     let mut http = HttpConnector::new();
     http.set_nodelay(true);
     http.set_connect_timeout(Some(CONNECT_WITHIN));
+    // A host that vanished sends no goodbye.
+    http.set_keepalive(Some(IDLE_CONNECTION));
     http.enforce_http(false);
     HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().wrap_connector(http)
 });
