@@ -14,6 +14,7 @@ mod session;
 use std::{
     convert::Infallible,
     fmt,
+    pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -40,6 +41,8 @@ const SESSION_HEADER: &str = "mcp-session-id";
 /// A client that does not get its body here in this time is cut off: 4 MiB on a bad line, and no connection held for
 /// nothing.
 const BODY_TIME: Duration = Duration::from_secs(30);
+/// How long the rest of a body is read that is too large.
+const LINGER: Duration = Duration::from_secs(5);
 
 /// The HTTP door: an MCP service as an HTTP service.
 ///
@@ -348,7 +351,8 @@ where
     B: Body<Data = Bytes> + Send,
     B::Error: Into<BoxError>,
 {
-    let whole = tokio::time::timeout(BODY_TIME, Limited::new(body, limit).collect()).await;
+    let mut body = pin!(body);
+    let whole = tokio::time::timeout(BODY_TIME, Limited::new(body.as_mut(), limit).collect()).await;
     let Ok(whole) = whole else {
         let message = format!("the body did not arrive within {} seconds", BODY_TIME.as_secs());
         return Err(Refused::new(StatusCode::REQUEST_TIMEOUT, None, code::INVALID_REQUEST, message));
@@ -356,6 +360,9 @@ where
     match whole {
         Ok(body) => Ok(body.to_bytes()),
         Err(e) if e.is::<LengthLimitError>() => {
+            // Closing on a client that is still writing would take the answer away from it.
+            let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+            let _ = tokio::time::timeout(LINGER, rest).await;
             let message = format!("the body is larger than {limit} bytes");
             Err(Refused::new(StatusCode::PAYLOAD_TOO_LARGE, None, code::INVALID_REQUEST, message))
         }

@@ -163,6 +163,8 @@ impl Builder {
         let door = McpHttp::with_options(edge, self.options);
         let router = mount(door).layer(MapRequestLayer::new(identify));
         let server = Server::bind(([127, 0, 0, 1], 0).into()).await.expect("a free port");
+        // As the daemon serves.
+        let server = server.lanes(2);
         let address = server.local_addr().expect("it is bound");
         let (shutdown, ending) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.serve(router, async move { drop(ending.await) }));
