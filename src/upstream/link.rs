@@ -26,6 +26,11 @@ const PROVEN_AFTER: Duration = Duration::from_secs(10);
 pub(crate) trait Connection: Send + Sync + 'static {
     /// Whether it can take no more requests.
     fn is_closed(&self) -> bool;
+
+    /// Whether its end is no sign of trouble, however soon it came.
+    fn ended_well(&self) -> bool {
+        false
+    }
 }
 
 /// At most one connection of one kind.
@@ -116,7 +121,7 @@ impl<C: Connection> Link<C> {
         let now = Instant::now();
         match state {
             State::Up { connection, since, failures } if connection.is_closed() => {
-                *state = match now.duration_since(*since) >= PROVEN_AFTER {
+                *state = match connection.ended_well() || now.duration_since(*since) >= PROVEN_AFTER {
                     true => State::Idle { failures: 0 },
                     false => down(
                         Failure { fault: Fault::Lost, reason: "it ended soon after it began".into() },

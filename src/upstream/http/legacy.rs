@@ -96,6 +96,11 @@ impl Connection for Session {
     fn is_closed(&self) -> bool {
         self.expired.load(Ordering::Relaxed)
     }
+
+    /// Sessions expire.
+    fn ended_well(&self) -> bool {
+        true
+    }
 }
 
 /// Answers one request within the caller's session.
