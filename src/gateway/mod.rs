@@ -42,7 +42,6 @@ use tokio::{
 
 pub use catalog::{Catalog, CatalogStore};
 pub use maintain::{Status, StatusKind};
-pub use router::MirroredHeaders;
 use view::View;
 
 use crate::{

@@ -6,7 +6,6 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use http::HeaderMap;
 use serde_json::{json, value::RawValue};
 use tower::{Service, ServiceExt as _};
 
@@ -16,8 +15,8 @@ use crate::{
     error::{HeaderMismatch, InvalidParams, Unimplemented, Unknown},
     layers::{Directory, Route},
     protocol::{
-        ItemKind, McpRequest, McpResponse, Method, ParamHeaders, Params, Payload, RawObject, Target,
-        decode_header,
+        ItemKind, McpRequest, McpResponse, Method, MirroredHeaders, ParamHeaders, Params, Payload, RawObject,
+        Target, decode_header,
     },
 };
 
@@ -184,7 +183,3 @@ fn is_same(header: &str, wanted: &str) -> bool {
     header == wanted
         || matches!((header.parse::<f64>(), wanted.parse::<f64>()), (Ok(a), Ok(b)) if a == b && wanted.parse::<i64>().is_ok())
 }
-
-/// The headers of a modern HTTP request, which mirror its body. Left in the request's extensions by the door.
-#[derive(Clone, Debug)]
-pub struct MirroredHeaders(pub Arc<HeaderMap>);

@@ -4,7 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use http::HeaderName;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
 use super::RawObject;
@@ -36,6 +36,19 @@ pub fn decode_header(header: &str) -> Option<Cow<'_, str>> {
     match header.strip_prefix(OPEN).and_then(|rest| rest.strip_suffix(CLOSE)) {
         None => Some(Cow::Borrowed(header)),
         Some(encoded) => String::from_utf8(STANDARD.decode(encoded).ok()?).ok().map(Cow::Owned),
+    }
+}
+
+/// The headers of a modern HTTP request, which mirror its body. A door leaves them in the request's extensions, where
+/// the router holds them against the arguments and the upstream client finds the ones to pass on.
+#[derive(Clone, Debug)]
+pub struct MirroredHeaders(pub Arc<HeaderMap>);
+
+impl MirroredHeaders {
+    /// `Mcp-Param-*` headers, which an intermediary passes on even when it knows no annotation for them (MCP
+    /// 2026-07-28, streamable HTTP, server behavior for custom headers).
+    pub fn params(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
+        self.0.iter().filter(|(name, _)| name.as_str().starts_with("mcp-param-"))
     }
 }
 

@@ -31,7 +31,7 @@ mod version;
 
 pub use cursor::{Cursor, InvalidCursor};
 pub use frame::{Frame, FrameStream, Notification, Reply, ServerRequest, Unsolicited};
-pub use header::{ParamHeader, ParamHeaders, decode_header, encode_header};
+pub use header::{MirroredHeaders, ParamHeader, ParamHeaders, decode_header, encode_header};
 pub use items::{Item, ItemKind, ItemList};
 pub use message::{Message, ParseError, RequestId};
 pub use method::{Method, Target};

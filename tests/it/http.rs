@@ -223,6 +223,7 @@ async fn mirrored_arguments_are_written_anew_for_the_upstream() {
     let sent = &house.upstream.seen_of("tools/call")[0];
     assert_eq!(sent.header("mcp-param-region"), Some("=?base64?5pel5pys?="));
     assert_eq!(sent.header("mcp-param-n"), Some("7"));
+    assert_eq!(sent.header("mcp-param-vendor"), Some("x"), "what nobody here knows passes on");
 }
 
 #[tokio::test]

@@ -12,11 +12,10 @@ use super::{
 };
 use crate::{
     McpService,
-    gateway::MirroredHeaders,
     identity::{Affinity, Caller, Client},
     protocol::{
-        Era, Frame, FrameStream, HttpHint, McpRequest, Message, Method, Notification, Params, Payload,
-        ProtocolVersion, RawObject, RequestId, RpcError, code, decode_header, meta,
+        Era, Frame, FrameStream, HttpHint, McpRequest, Message, Method, MirroredHeaders, Notification,
+        Params, Payload, ProtocolVersion, RawObject, RequestId, RpcError, code, decode_header, meta,
     },
     server::Draining,
 };

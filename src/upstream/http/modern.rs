@@ -15,8 +15,9 @@ use crate::{
     BoxError,
     error::{Fault, UpstreamError},
     protocol::{
-        Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, Notification, ParamHeaders,
-        Params, Payload, ProtocolVersion, RawObject, RequestId, Route, Unsolicited, encode_header,
+        Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, MirroredHeaders,
+        Notification, ParamHeaders, Params, Payload, ProtocolVersion, RawObject, RequestId, Route,
+        Unsolicited, encode_header,
     },
     upstream::translate,
 };
@@ -96,8 +97,12 @@ pub(super) fn headers(
     headers
 }
 
-/// `Mcp-Param-*`, made anew from the arguments: whatever the client sent, this is what they say now.
+/// `Mcp-Param-*`: those that the tool annotates are made anew from the arguments, whatever the client sent; those that
+/// nobody here knows pass on.
 fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
+    if let Some(sent) = request.extensions().get::<MirroredHeaders>() {
+        headers.extend(sent.params().map(|(name, value)| (name.clone(), value.clone())));
+    }
     let Some(Route { definition: Some(definition), .. }) = request.extensions().get() else { return };
     let Ok(annotations) = ParamHeaders::of_definition(definition) else { return };
     if annotations.is_empty() {
@@ -105,8 +110,9 @@ fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
     }
     let arguments = request.params().get_object("arguments").unwrap_or_else(RawObject::empty);
     for (name, value) in annotations.expected(&arguments) {
-        if let Some(Ok(value)) = value.map(|value| HeaderValue::from_str(&encode_header(&value))) {
-            headers.insert(name.clone(), value);
+        match value.map(|value| HeaderValue::from_str(&encode_header(&value))) {
+            Some(Ok(value)) => drop(headers.insert(name.clone(), value)),
+            _ => drop(headers.remove(name)),
         }
     }
 }
