@@ -68,6 +68,20 @@ pub(super) struct Serve {
     #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
     pub(super) listen: Option<SocketAddr>,
 
+    /// Also serve requests that name this host, such as `gateway.lan`; `*` for any
+    ///
+    /// Only loopback names are served otherwise: a page in a browser can reach this machine under a name of its own.
+    #[arg(long = "allow-host", value_name = "HOST")]
+    pub(super) hosts: Vec<String>,
+
+    /// Also serve pages of this origin, such as `https://app.example.com`
+    #[arg(long = "allow-origin", value_name = "ORIGIN")]
+    pub(super) origins: Vec<String>,
+
+    /// How many threads serve connections [default: half of the processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(super) lanes: Option<u16>,
+
     /// How tools are named: `prefix` (server_tool), `bare` or `on-collision` [default: prefix]
     #[arg(long, value_name = "MODE", value_parser = |text: &str| text.parse::<NamingMode>())]
     pub(super) naming: Option<NamingMode>,

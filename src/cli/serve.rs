@@ -69,7 +69,7 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
         let info = Info { version, pid: process::id(), listen, keeps };
         tokio::spawn(socket.serve(Desk::new(app.clone(), keeps), info))
     });
-    let served = serve_doors(&app, doors, shutdown).await;
+    let served = serve_doors(&app, doors, &args, shutdown).await;
 
     if let Some(control) = control {
         control.abort();
@@ -80,19 +80,36 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
     served.context("the gateway cannot go on")
 }
 
+/// What the door lets in beside the default.
+fn options(args: &args::Serve) -> server::Options {
+    let options = args.hosts.iter().fold(server::Options::default(), |options, host| match host.as_str() {
+        "*" => options.allow_any_host(),
+        host => options.allow_host(host),
+    });
+    args.origins.iter().fold(options, server::Options::allow_origin)
+}
+
+/// Half the cores: the servers behind the gateway are often on the same machine, and one lane answers tens of thousands
+/// of calls a second. A lane that is busy also costs less a call than two that sleep in between.
+fn default_lanes() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2))
+}
+
 async fn serve_doors(
     app: &App,
     doors: server::Server,
+    args: &args::Serve,
     shutdown: oneshot::Receiver<()>,
 ) -> std::io::Result<()> {
-    let router = server::router(app.service()).route("/healthz", get(|| std::future::ready("ok")));
+    let door = server::McpHttp::with_options(app.service(), options(args));
+    let router = server::mount(door).route("/healthz", get(|| std::future::ready("ok")));
     let shutdown = async {
         // An error would mean that nobody can send any more, and then nobody shuts down.
         if shutdown.await.is_err() {
             std::future::pending::<()>().await;
         }
     };
-    let lanes = std::thread::available_parallelism().map_or(1, usize::from);
+    let lanes = args.lanes.map_or_else(default_lanes, usize::from);
     doors.lanes(lanes).serve(router, shutdown).await
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::Instant};
+use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 use crate::{
     error::{Chain, Fault, UpstreamError},
@@ -38,6 +38,9 @@ pub(crate) struct Link<C> {
     upstream: ServerName,
     /// How long one attempt may take.
     within: Duration,
+    /// Where the link was made. A connection lives there, and not on the lane of whoever asked first: lanes end before
+    /// child processes are ended in order.
+    home: Option<Handle>,
     state: Mutex<State<C>>,
 }
 
@@ -65,7 +68,8 @@ impl<C: Connection> Link<C> {
 
     /// The same, with a limit for each attempt: without one, a peer that is silent would be waited for for ever.
     pub(crate) fn within(upstream: ServerName, within: Duration) -> Arc<Self> {
-        Arc::new(Link { upstream, within, state: Mutex::new(State::Idle { failures: 0 }) })
+        let home = Handle::try_current().ok();
+        Arc::new(Link { upstream, within, home, state: Mutex::new(State::Idle { failures: 0 }) })
     }
 
     /// The connection, made by `connect` when there is none. The attempt goes on when the caller goes away, for
@@ -90,13 +94,17 @@ impl<C: Connection> Link<C> {
                     *state = State::Connecting { outcome: outcome.clone(), failures };
                     let attempt = connect();
                     let link = self.clone();
-                    tokio::spawn(async move {
+                    let made = async move {
                         let outcome = tokio::time::timeout(link.within, attempt).await.unwrap_or_else(|_| {
                             let error = "no answer to the handshake in time";
                             Err(UpstreamError::new(&link.upstream, Fault::Unreachable, error))
                         });
-                        sender.send_replace(Some(link.attempted(outcome, failures)))
-                    });
+                        sender.send_replace(Some(link.attempted(outcome, failures)));
+                    };
+                    match &self.home {
+                        Some(home) => home.spawn(made),
+                        None => tokio::spawn(made),
+                    };
                     outcome
                 }
             }
