@@ -17,10 +17,9 @@ use crate::{
     BoxMcpService,
     error::InvalidParams,
     protocol::{
-        Frame, FrameStream, ItemKind, McpRequest, McpResponse, Method, Notification, Params, Payload,
-        ServerName, Target, Unsolicited,
+        Frame, FrameStream, ItemKind, ListenFilter, McpRequest, McpResponse, Method, Notification, Params,
+        Payload, ServerName, Target, Unsolicited,
     },
-    upstream::translate::ListenFilter,
 };
 
 /// Each is at least one request to an upstream.

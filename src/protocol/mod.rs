@@ -16,6 +16,8 @@
 //! ```
 
 mod cursor;
+mod encode;
+mod filter;
 mod frame;
 mod header;
 mod items;
@@ -30,6 +32,8 @@ mod rpc;
 mod version;
 
 pub use cursor::{Cursor, InvalidCursor};
+pub use encode::{notification_json, request_json};
+pub use filter::ListenFilter;
 pub use frame::{Frame, FrameStream, Notification, Reply, ServerRequest, Unsolicited};
 pub use header::{MirroredHeaders, ParamHeader, ParamHeaders, decode_header, encode_header};
 pub use items::{Item, ItemKind, ItemList};

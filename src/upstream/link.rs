@@ -117,6 +117,7 @@ impl<C: Connection> Link<C> {
     }
 
     /// Forgets `connection`, so that the next caller makes a new one at once.
+    #[cfg(feature = "client")]
     pub(crate) fn discard(&self, connection: &Arc<C>) {
         let mut state = self.lock();
         if matches!(&*state, State::Up { connection: current, .. } if Arc::ptr_eq(current, connection)) {

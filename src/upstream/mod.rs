@@ -21,7 +21,8 @@ pub mod secret;
 mod spec;
 #[cfg(all(feature = "client", unix))]
 pub mod stdio;
-pub(crate) mod translate;
+#[cfg(any(feature = "client", feature = "peer"))]
+mod translate;
 
 #[cfg(feature = "client")]
 pub use http::{HttpUpstream, SseUpstream};

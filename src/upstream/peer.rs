@@ -54,14 +54,14 @@ use tower::Service;
 use super::{
     lines::{self, Lines, Surroundings, Unopened, Wire},
     link::Link,
-    translate::{self, ListenFilter},
+    translate,
 };
 use crate::{
     BoxError,
     error::{Fault, UpstreamError},
     protocol::{
-        Era, Frame, McpRequest, McpResponse, Method, Notification, Params, Payload, ProtocolVersion,
-        RawObject, RequestId, RpcError, ServerName, code, meta,
+        Era, Frame, ListenFilter, McpRequest, McpResponse, Method, Notification, Params, Payload,
+        ProtocolVersion, RawObject, RequestId, RpcError, ServerName, code, meta,
     },
 };
 

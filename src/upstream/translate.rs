@@ -10,8 +10,7 @@ use tokio::sync::broadcast;
 use crate::{
     identity::Client,
     protocol::{
-        Frame, FrameStream, McpRequest, Method, Notification, Params, ProtocolVersion, RawObject, RequestId,
-        meta,
+        Frame, FrameStream, ListenFilter, McpRequest, Notification, Params, ProtocolVersion, RawObject, meta,
     },
 };
 
@@ -89,102 +88,6 @@ pub(crate) fn discover_result(initialized: &RawObject) -> Bytes {
     result.into_bytes()
 }
 
-/// A whole request as it is written to the wire.
-pub(crate) fn request_json(id: &RequestId, method: &Method, params: &Params) -> Bytes {
-    message(Some(id), method, params)
-}
-
-/// A whole notification as it is written to the wire.
-pub(crate) fn notification_json(method: &Method, params: &Params) -> Bytes {
-    message(None, method, params)
-}
-
-fn message(id: Option<&RequestId>, method: &Method, params: &Params) -> Bytes {
-    let json = params.as_json();
-    let mut out = Vec::with_capacity(json.len() + 96);
-    out.extend_from_slice(br#"{"jsonrpc":"2.0""#);
-    if let Some(id) = id {
-        out.extend_from_slice(br#","id":"#);
-        out.extend_from_slice(id.as_bytes());
-    }
-    out.extend_from_slice(br#","method":"#);
-    match method {
-        // Only a foreign name can need escapes.
-        Method::Other(name) => out.extend_from_slice(json!(**name).to_string().as_bytes()),
-        known => {
-            out.push(b'"');
-            out.extend_from_slice(known.as_str().as_bytes());
-            out.push(b'"');
-        }
-    }
-    if params.is_present() {
-        out.extend_from_slice(br#","params":"#);
-        out.extend_from_slice(json);
-    }
-    out.push(b'}');
-    out.into()
-}
-
-/// The filter of a `subscriptions/listen` request.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct ListenFilter {
-    pub(crate) tools: bool,
-    pub(crate) prompts: bool,
-    pub(crate) resources: bool,
-    pub(crate) uris: Vec<String>,
-}
-
-impl ListenFilter {
-    /// Reads it from the params.
-    pub(crate) fn of(params: &Params) -> Self {
-        let Some(filter) = params.get_object("notifications") else { return Self::default() };
-        let flag = |key| filter.get(key) == Some("true");
-        ListenFilter {
-            tools: flag("toolsListChanged"),
-            prompts: flag("promptsListChanged"),
-            resources: flag("resourcesListChanged"),
-            uris: filter.get_as("resourceSubscriptions").and_then(Result::ok).unwrap_or_default(),
-        }
-    }
-
-    /// Whether a notification is one the filter asks for.
-    pub(crate) fn wants(&self, notification: &Notification) -> bool {
-        match notification.method {
-            Method::ToolsChanged => self.tools,
-            Method::PromptsChanged => self.prompts,
-            Method::ResourcesChanged => self.resources,
-            Method::ResourceUpdated => {
-                notification.params.get_string("uri").is_some_and(|uri| self.uris.iter().any(|u| **u == *uri))
-            }
-            _ => false,
-        }
-    }
-
-    /// The filter as JSON.
-    pub(crate) fn to_value(&self) -> Value {
-        let mut filter = serde_json::Map::new();
-        for (key, on) in [
-            ("toolsListChanged", self.tools),
-            ("promptsListChanged", self.prompts),
-            ("resourcesListChanged", self.resources),
-        ] {
-            if on {
-                filter.insert(key.to_owned(), Value::Bool(true));
-            }
-        }
-        if !self.uris.is_empty() {
-            filter.insert("resourceSubscriptions".to_owned(), json!(self.uris));
-        }
-        Value::Object(filter)
-    }
-
-    /// The first message of the stream: what is honoured.
-    pub(crate) fn acknowledged(&self) -> Notification {
-        let params = Params::from_value(&json!({ "notifications": self.to_value() }));
-        Notification { method: Method::Acknowledged, params }
-    }
-}
-
 /// The answer of a legacy upstream to `subscriptions/listen`: its unsolicited notifications, as far as wanted. The
 /// stream ends when the connection does. Whoever falls behind misses notifications, not the newest ones: all of
 /// them say "look again", so the last is as good as all.
@@ -216,6 +119,7 @@ pub(crate) fn text(json: &Bytes) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Method;
 
     fn request(params: Value) -> McpRequest {
         McpRequest::new(Method::ToolsCall, Params::from_value(&params))
@@ -243,11 +147,5 @@ mod tests {
         assert_eq!(params.as_str(), r#"{"_meta":{"progressToken":7},"name":"a"}"#);
         let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28" });
         assert_eq!(legacy_params(&request(json!({ "name": "a", "_meta": m }))).as_str(), r#"{"name":"a"}"#);
-    }
-
-    #[test]
-    fn foreign_method_names_are_escaped() {
-        let json = request_json(&RequestId::from(1), &Method::from("a\"b"), &Params::default());
-        assert_eq!(&json[..], br#"{"jsonrpc":"2.0","id":1,"method":"a\"b"}"#);
     }
 }

@@ -76,7 +76,7 @@ pub(super) fn request(id: &RequestId, method: &Method, params: &Params) -> Chunk
 }
 
 fn request_like(id: Option<&RequestId>, method: &Method, params: &Params) -> Chunks {
-    use crate::upstream::translate::{notification_json, request_json};
+    use crate::protocol::{notification_json, request_json};
     Chunks(vec![match id {
         Some(id) => request_json(id, method, params),
         None => notification_json(method, params),

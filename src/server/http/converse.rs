@@ -134,7 +134,7 @@ impl<S: McpService> Conversation<S> {
         let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         let mut responses = RawObject::empty();
         for (key, answer) in &answers {
-            responses.set(key, crate::upstream::translate::text(answer));
+            responses.set(key, std::str::from_utf8(answer).unwrap_or("null"));
         }
         let mut params = self.request.params().clone();
         params.object_mut().set("inputResponses", responses.as_str());

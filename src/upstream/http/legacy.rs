@@ -36,12 +36,12 @@ use crate::{
     error::{Fault, UpstreamError},
     identity::{Affinity, AffinityKey, Caller, Client},
     protocol::{
-        Frame, FrameStream, McpRequest, McpResponse, Message, Method, Notification, Params, Payload,
-        RawObject, Reply, RequestId, RpcError, ServerRequest, Unsolicited, code,
+        Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Message, Method, Notification, Params,
+        Payload, RawObject, Reply, RequestId, RpcError, ServerRequest, Unsolicited, code,
     },
     upstream::{
         link::{Connection, Link},
-        translate::{self, ListenFilter, text},
+        translate::{self, text},
     },
 };
 
@@ -213,7 +213,7 @@ impl Session {
         let wire = &shared.wire;
         let id = RequestId::from(0);
         let params = Params::from_value(&translate::initialize_params(&client_of(caller)));
-        let body = translate::request_json(&id, &Method::Initialize, &params);
+        let body = crate::protocol::request_json(&id, &Method::Initialize, &params);
         let answer = wire.post(&endpoint.uri, post_headers(&endpoint.headers), body).await?;
         let (answered, message) = match answer {
             Answer::Json(headers, body) => (headers, body),
@@ -275,7 +275,7 @@ impl Session {
             params.object_mut().set("_meta", meta.as_str());
         }
         let cancel = CancelOnDrop { session: self.clone(), id: Some(id.clone()) };
-        let body = translate::request_json(&id, request.method(), &params);
+        let body = crate::protocol::request_json(&id, request.method(), &params);
         let answer = self.send(HttpMethod::POST, post_headers(&self.headers), body).await;
         let wire = &self.wire;
         match answer? {
@@ -308,7 +308,7 @@ impl Session {
         self.send(
             HttpMethod::POST,
             post_headers(&self.headers),
-            translate::notification_json(method, params),
+            crate::protocol::notification_json(method, params),
         )
         .await?;
         Ok(McpResponse::raw("{}"))
@@ -366,7 +366,7 @@ impl Session {
         let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
         let mut params = Params::default();
         params.object_mut().set("level", text(level));
-        let body = translate::request_json(&id, &Method::SetLevel, &params);
+        let body = crate::protocol::request_json(&id, &Method::SetLevel, &params);
         if self.send(HttpMethod::POST, post_headers(&self.headers), body).await.is_err() {
             tracing::debug!("the upstream did not take the log level");
         }
@@ -431,7 +431,7 @@ impl Session {
 
     async fn subscription(self: &Arc<Self>, method: &Method, uri: &str) -> bool {
         let id = RequestId::from(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let body = translate::request_json(&id, method, &Params::from_value(&json!({ "uri": uri })));
+        let body = crate::protocol::request_json(&id, method, &Params::from_value(&json!({ "uri": uri })));
         let answer = match self.send(HttpMethod::POST, post_headers(&self.headers), body).await {
             Ok(Answer::Json(_, body)) => body,
             Ok(Answer::Events(_, events)) => first_response(&self.wire, events).await.unwrap_or_default(),

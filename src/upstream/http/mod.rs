@@ -177,7 +177,7 @@ impl Shared {
         let request = McpRequest::bare(crate::protocol::Method::Discover);
         let id = RequestId::from(0);
         let params = translate::modern_params(&request, ProtocolVersion::LATEST);
-        let body = translate::request_json(&id, request.method(), &params);
+        let body = crate::protocol::request_json(&id, request.method(), &params);
         for _ in 0..=MOST_REDIRECTS {
             let probe = modern::headers(post_headers(&headers), ProtocolVersion::LATEST, &request, &params);
             let answer = self.wire.post(&uri, probe, body.clone()).await?;

@@ -37,13 +37,13 @@ pub(super) async fn call(
     let mut headers = headers(endpoint.post.clone(), endpoint.version, &request, &params);
     add_param_headers(&mut headers, &request);
     if request.id().is_none() && request.method().is_notification() {
-        let body = translate::notification_json(request.method(), &params);
+        let body = crate::protocol::notification_json(request.method(), &params);
         shared.wire.post(&endpoint.uri, headers, body).await?;
         return Ok(McpResponse::raw("{}"));
     }
     // Every POST stands alone, so the client's own id does as well as any.
     let id = request.id().cloned().unwrap_or_else(|| RequestId::from(1));
-    let body = translate::request_json(&id, request.method(), &params);
+    let body = crate::protocol::request_json(&id, request.method(), &params);
     let answer = shared.wire.post(&endpoint.uri, headers, body).await.inspect_err(|error| {
         if error.fault == Fault::Unreachable {
             shared.doubt(endpoint);

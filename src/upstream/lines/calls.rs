@@ -109,7 +109,7 @@ impl Urgent {
             Urgent::Line(line) => line,
             Urgent::Cancel(id) => {
                 let params = Params::from_value(&json!({ "requestId": id }));
-                translate::notification_json(&Method::Cancelled, &params)
+                crate::protocol::notification_json(&Method::Cancelled, &params)
             }
         }
     }
@@ -259,7 +259,7 @@ impl Calls {
 
     fn subscription_line(&self, method: Method, id: u64, uri: &str) {
         let params = Params::from_value(&json!({ "uri": uri }));
-        let line = translate::request_json(&RequestId::from(id), &method, &params);
+        let line = crate::protocol::request_json(&RequestId::from(id), &method, &params);
         // Without a writer there is no connection, and everybody is told so.
         let _ = self.urgent.send(Urgent::Line(line));
     }
@@ -427,7 +427,7 @@ impl Ticket {
     pub(super) async fn send(&self, method: &Method, params: &Params) {
         // If the connection has ended instead, the next event says so.
         if let Ok(room) = self.calls.queue.reserve().await {
-            let line = translate::request_json(&RequestId::from(self.id), method, params);
+            let line = crate::protocol::request_json(&RequestId::from(self.id), method, params);
             room.send(Outgoing { call: Some(self.id), line });
         }
     }

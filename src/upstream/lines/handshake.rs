@@ -114,7 +114,7 @@ async fn initialize(wire: &Wire) -> Result<Opened, UpstreamError> {
     };
     let result = RawObject::parse(result)
         .map_err(|e| fail(wire, Fault::Garbled, format!("its initialize result is not an object: {e}")))?;
-    wire.calls().notify(translate::notification_json(&Method::Initialized, &Params::default())).await?;
+    wire.calls().notify(crate::protocol::notification_json(&Method::Initialized, &Params::default())).await?;
     Ok(Opened::Legacy {
         discover: translate::discover_result(&result),
         capabilities: result.get_object("capabilities").unwrap_or_else(RawObject::empty),

@@ -21,14 +21,14 @@ pub(crate) use self::{
     handshake::{Opened, Unopened, open},
     wire::{Surroundings, Wire},
 };
-use super::{
-    link::Connection,
-    translate::{self, ListenFilter},
-};
+use super::{link::Connection, translate};
 use crate::{
     BoxError,
     error::UpstreamError,
-    protocol::{Frame, FrameStream, McpRequest, McpResponse, Method, Payload, ProtocolVersion, RawObject},
+    protocol::{
+        Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Method, Payload, ProtocolVersion,
+        RawObject,
+    },
 };
 
 /// The longest line that is read unless somebody says otherwise.
@@ -85,7 +85,7 @@ impl Lines {
         // These two are about the caller's own connection.
         if !matches!(notification.method(), Method::Cancelled | Method::Initialized) {
             let params = self.params(notification);
-            let line = translate::notification_json(notification.method(), &params);
+            let line = crate::protocol::notification_json(notification.method(), &params);
             self.wire.calls().notify(line).await?;
         }
         Ok(McpResponse::raw("{}"))
