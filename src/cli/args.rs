@@ -78,7 +78,7 @@ pub(super) struct Serve {
     #[arg(long = "allow-origin", value_name = "ORIGIN")]
     pub(super) origins: Vec<String>,
 
-    /// How many threads serve connections [default: half of the processors]
+    /// How many threads serve connections [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(super) lanes: Option<u16>,
 

@@ -89,10 +89,9 @@ fn options(args: &args::Serve) -> server::Options {
     args.origins.iter().fold(options, server::Options::allow_origin)
 }
 
-/// Half the cores: the servers behind the gateway are often on the same machine, and one lane answers tens of thousands
-/// of calls a second. A lane that is busy also costs less a call than two that sleep in between.
+/// One for each core.
 fn default_lanes() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2))
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 async fn serve_doors(
