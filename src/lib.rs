@@ -92,6 +92,7 @@ mod lane;
 pub mod layers;
 pub mod protocol;
 pub mod registry;
+mod seal;
 #[cfg(feature = "server")]
 pub mod server;
 pub mod service;

@@ -78,13 +78,18 @@ mod tests {
     use super::*;
     use crate::{
         registry::{Origin, Rules},
-        upstream::{Transport, UpstreamSpec},
+        upstream::{Isolation, Transport, UpstreamSpec},
     };
 
     fn record(transport: Transport) -> ServerRecord {
         ServerRecord {
             name: "files".parse().unwrap(),
-            spec: UpstreamSpec { timeout: Duration::from_millis(1500), concurrency: 7, transport },
+            spec: UpstreamSpec {
+                timeout: Duration::from_millis(1500),
+                concurrency: 7,
+                isolation: Isolation::default(),
+                transport,
+            },
             enabled: false,
             rules: Rules { allow: Some(vec![]), deny: vec!["x*".to_owned()] },
             origin: Origin::File,

@@ -18,6 +18,8 @@ mod link;
 #[cfg(feature = "peer")]
 pub mod peer;
 pub mod secret;
+#[cfg(feature = "client")]
+mod slots;
 mod spec;
 #[cfg(all(feature = "client", unix))]
 pub mod stdio;
@@ -28,6 +30,6 @@ mod translate;
 pub use http::{HttpUpstream, SseUpstream};
 #[cfg(feature = "peer")]
 pub use peer::PeerUpstream;
-pub use spec::{Transport, UpstreamSpec};
+pub use spec::{Isolation, Transport, UpstreamSpec};
 #[cfg(all(feature = "client", unix))]
 pub use stdio::{StdioCommand, StdioUpstream};

@@ -18,6 +18,27 @@ pub struct UpstreamSpec {
     /// How many requests may be under way at once; more are refused, never queued.
     #[serde(default = "default_concurrency")]
     pub concurrency: usize,
+    /// Who shares a connection to it.
+    #[serde(default, skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
+}
+
+/// Who shares a connection to an upstream that has only one: a child process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// Everybody. What the child asks in the middle of a call belongs to nobody in particular, and is refused.
+    #[default]
+    Shared,
+    /// Each client session has a child of its own, and modern clients one for each principal and scope: the child can
+    /// ask its client, and keeps no state of others.
+    Session,
+}
+
+impl Isolation {
+    fn is_default(&self) -> bool {
+        *self == Isolation::default()
+    }
 }
 
 /// The ways to reach an upstream.
@@ -64,7 +85,12 @@ pub enum Transport {
 impl UpstreamSpec {
     /// A spec with the default limits.
     pub fn new(transport: Transport) -> Self {
-        UpstreamSpec { transport, timeout: default_timeout(), concurrency: default_concurrency() }
+        UpstreamSpec {
+            transport,
+            timeout: default_timeout(),
+            concurrency: default_concurrency(),
+            isolation: Isolation::default(),
+        }
     }
 
     /// Streamable HTTP at `url`.

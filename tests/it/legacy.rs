@@ -455,7 +455,7 @@ async fn a_client_is_not_asked_what_it_did_not_declare_by_a_modern_upstream() {
         let answer = client.call("up_t", json!({})).await;
         assert_eq!(answer.messages().len(), 1, "{answer}");
         assert_eq!(answer.error()["code"], -32021);
-        assert_eq!(answer.error()["data"]["requiredCapabilities"], json!({ "elicitation": {} }));
+        assert_eq!(answer.error()["data"]["requiredCapabilities"], json!({ "elicitation": { "form": {} } }));
     }
     assert_eq!(upstream.seen_of("tools/call").len(), 3, "nothing is tried again");
 }

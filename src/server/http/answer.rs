@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use memchr::memmem;
 use serde_json::json;
 
 use super::body::{JOIN_BELOW, join};
-use crate::protocol::{Era, Method, Notification, Params, Payload, RawObject, RequestId, RpcError, code};
+use crate::protocol::{
+    Era, Method, Notification, Params, Payload, RawObject, RequestId, ResultType, RpcError, code,
+};
 
 /// A message in pieces: what nobody opened is never copied just to put braces around it.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ impl Chunks {
 
 /// The answer to `method` under `id`. A stream has no such form.
 pub(super) fn response(id: &RequestId, method: &Method, payload: Payload, era: Era) -> Chunks {
-    let mark = Mark::of(&payload);
+    let mark = ResultType::of(&payload);
     marked_response(id, method, payload, mark, era)
 }
 
@@ -34,7 +35,7 @@ pub(super) fn marked_response(
     id: &RequestId,
     method: &Method,
     payload: Payload,
-    mark: Mark,
+    mark: ResultType,
     era: Era,
 ) -> Chunks {
     let mut chunks = vec![prefix(id, b"result")];
@@ -88,52 +89,11 @@ fn prefix(id: &RequestId, member: &[u8]) -> Bytes {
 }
 
 /// A result with or without the marks of the modern era: `resultType`, and for some methods cache hints.
-fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, mark: Mark, method: &Method, era: Era) {
+fn push_result(chunks: &mut Vec<Bytes>, json: Bytes, mark: ResultType, method: &Method, era: Era) {
     match (era, mark) {
-        (Era::Modern, Mark::None) => push_modern(chunks, json, method),
-        (Era::Modern, _) | (Era::Legacy, Mark::None) => chunks.push(json),
+        (Era::Modern, ResultType::Absent) => push_modern(chunks, json, method),
+        (Era::Modern, _) | (Era::Legacy, ResultType::Absent) => chunks.push(json),
         (Era::Legacy, _) => chunks.push(legacy_result(json, method)),
-    }
-}
-
-/// What a result's `resultType` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mark {
-    /// There is none: a legacy upstream's result.
-    None,
-    Complete,
-    InputRequired,
-    Other,
-}
-
-impl Mark {
-    /// Where serializers put it, at either end, nothing is scanned; a result that has the word somewhere else is
-    /// looked at properly.
-    pub(super) fn of(payload: &Payload) -> Mark {
-        let json = match payload {
-            Payload::Raw(json) => json,
-            Payload::Value(value) => return Mark::named(value.get("resultType").and_then(|t| t.as_str())),
-            Payload::Items(_) | Payload::Error(_) | Payload::Stream(_) => return Mark::Other,
-        };
-        if begins_complete(json) || ends_complete(json) {
-            return Mark::Complete;
-        }
-        if memmem::find(json, b"\"resultType\"").is_none() {
-            return Mark::None;
-        }
-        match RawObject::parse(json.clone()) {
-            Ok(result) => Mark::named(result.get_string("resultType").as_deref()),
-            Err(_) => Mark::Other,
-        }
-    }
-
-    fn named(mark: Option<&str>) -> Mark {
-        match mark {
-            None => Mark::None,
-            Some("complete") => Mark::Complete,
-            Some("input_required") => Mark::InputRequired,
-            Some(_) => Mark::Other,
-        }
     }
 }
 
@@ -151,17 +111,6 @@ fn push_modern(chunks: &mut Vec<Bytes>, json: Bytes, method: &Method) {
         chunks.push(Bytes::from_static(b","));
     }
     chunks.push(rest);
-}
-
-const COMPLETE: &[u8] = br#""resultType":"complete""#;
-
-fn begins_complete(json: &[u8]) -> bool {
-    json.strip_prefix(b"{").is_some_and(|rest| rest.starts_with(COMPLETE))
-}
-
-/// An unescaped quote cannot stand within a string, so these bytes before the last brace are its object's member.
-fn ends_complete(json: &[u8]) -> bool {
-    json.strip_suffix(b"}").is_some_and(|rest| rest.ends_with(COMPLETE))
 }
 
 /// Strict legacy clients refuse the marks of the modern era. A result without the first of them is a legacy

@@ -10,20 +10,14 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all};
-use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 
-use super::{
-    answer,
-    answer::{Chunks, Mark},
-    call,
-    session::Session,
-};
+use super::{answer, answer::Chunks, call, session::Session};
 use crate::{
     McpService,
     protocol::{
-        Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId, RpcError,
-        ServerRequest, code,
+        Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId,
+        ResultType, RpcError, ServerRequest, code,
     },
 };
 
@@ -60,7 +54,7 @@ impl<S: McpService> Conversation<S> {
     pub(super) async fn run(self, first: Payload) {
         let mut payload = self.settle(first).await;
         for _ in 0..MOST_ROUNDS {
-            if Mark::of(&payload) != Mark::InputRequired {
+            if ResultType::of(&payload) != ResultType::InputRequired {
                 break;
             }
             payload = match self.retry(payload.to_object()).await {
@@ -71,7 +65,7 @@ impl<S: McpService> Conversation<S> {
                 Err(error) => Payload::Error(error),
             };
         }
-        if Mark::of(&payload) == Mark::InputRequired {
+        if ResultType::of(&payload) == ResultType::InputRequired {
             let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
             payload = Payload::Error(error);
         }
@@ -112,7 +106,7 @@ impl<S: McpService> Conversation<S> {
 
     /// The answer comes with a POST of its own and finds its way by its number.
     async fn pass_on(&self, method: Method, params: Params, reply: Reply) {
-        match self.can_answer(&method, &params) {
+        match self.request.caller().client.can_answer(&method, &params) {
             Ok(()) => {
                 let id = RequestId::from(self.number(reply));
                 self.say(answer::request(&id, &method, &params)).await;
@@ -157,7 +151,7 @@ impl<S: McpService> Conversation<S> {
             Some(params) => Params::parse(params).map_err(|_| garbled())?,
             None => Params::default(),
         };
-        self.can_answer(&method, &params)?;
+        self.request.caller().client.can_answer(&method, &params)?;
         let (reply, answer) = Reply::new();
         let number = self.number(reply);
         self.say(answer::request(&RequestId::from(number), &method, &params)).await;
@@ -172,33 +166,6 @@ impl<S: McpService> Conversation<S> {
             Ok(Ok(Payload::Error(error))) => Err(error),
             _ => Err(RpcError::new(code::TIMED_OUT, format!("the client did not answer {method}"))),
         }
-    }
-
-    /// A client is never asked what it did not say it can answer.
-    fn can_answer(&self, method: &Method, params: &Params) -> Result<(), RpcError> {
-        let needed = match method {
-            Method::CreateMessage => "sampling",
-            Method::Elicit => "elicitation",
-            Method::RootsList => "roots",
-            _ => {
-                return Err(RpcError::new(
-                    code::METHOD_NOT_FOUND,
-                    format!("clients cannot be asked {method}"),
-                ));
-            }
-        };
-        let capabilities: Value =
-            serde_json::from_slice(&self.request.caller().client.capabilities).unwrap_or_default();
-        let declared = capabilities.get(needed).is_some_and(Value::is_object);
-        // URL mode came later and is declared by itself.
-        let by_url = *method == Method::Elicit && params.get_string("mode").as_deref() == Some("url");
-        if declared && (!by_url || capabilities["elicitation"].get("url").is_some()) {
-            return Ok(());
-        }
-        let mut required = Map::new();
-        required.insert(needed.to_owned(), if by_url { json!({ "url": {} }) } else { json!({}) });
-        let error = RpcError::new(code::MISSING_CAPABILITY, format!("the client did not declare `{needed}`"));
-        Err(error.with_data(&json!({ "requiredCapabilities": required })))
     }
 
     async fn say(&self, message: Chunks) {

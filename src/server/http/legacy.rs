@@ -20,9 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer,
-    answer::Mark,
-    apply_hint, call,
+    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, answer, apply_hint, call,
     converse::{Asked, Conversation},
     empty, events, json, method_not_allowed,
     modern::drained,
@@ -33,7 +31,7 @@ use crate::{
     identity::{Affinity, Caller, Client, SessionToken},
     protocol::{
         Era, Frame, HttpHint, McpRequest, Message, Method, Params, Payload, ProtocolVersion, RawObject,
-        RequestId, RpcError, Unsolicited, code, meta,
+        RequestId, ResultType, RpcError, Unsolicited, code, meta,
     },
 };
 
@@ -248,9 +246,9 @@ async fn forward<S: McpService>(
     };
     let (payload, extensions) = answered.into_parts();
     let hint = extensions.get::<HttpHint>();
-    let mark = Mark::of(&payload);
+    let mark = ResultType::of(&payload);
     let mut response = match (payload, mark) {
-        (payload @ Payload::Stream(_), _) | (payload, Mark::InputRequired) => {
+        (payload @ Payload::Stream(_), _) | (payload, ResultType::InputRequired) => {
             stream_of(service, finish, request, payload)
         }
         (payload, mark) => {

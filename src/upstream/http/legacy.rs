@@ -33,11 +33,11 @@ use super::{
 };
 use crate::{
     BoxError,
-    error::{Fault, UpstreamError},
-    identity::{Affinity, AffinityKey, Caller, Client},
+    error::{Fault, Overloaded, UpstreamError},
+    identity::{Affinity, Caller, Client},
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Message, Method, Notification, Params,
-        Payload, RawObject, Reply, RequestId, RpcError, ServerRequest, Unsolicited, code,
+        Payload, RawObject, Reply, RequestId, RpcError, ServerName, ServerRequest, Unsolicited, code,
     },
     upstream::{
         link::{Connection, Link},
@@ -47,7 +47,8 @@ use crate::{
 
 /// Stray notifications that nobody has read yet; the oldest go first.
 const NOTIFICATIONS: usize = 64;
-const SWEEP_EVERY: Duration = Duration::from_secs(30);
+/// Sessions at one upstream. The door allows no more clients than this.
+pub(super) const MOST_SESSIONS: usize = 65_536;
 /// For requests nobody waits for.
 const BRIEFLY: Duration = Duration::from_secs(10);
 /// What servers say of a session they do not know, other than by the status.
@@ -57,15 +58,8 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
 /// The stream for unsolicited messages is opened again after this long.
 const REOPEN_AFTER: Duration = Duration::from_secs(1);
 
-/// All sessions at one upstream.
-#[derive(Default)]
-pub(super) struct Sessions {
-    slots: Mutex<HashMap<AffinityKey, Arc<Slot>>>,
-    sweeping: AtomicBool,
-}
-
 /// The place of one session after another.
-struct Slot {
+pub(super) struct Slot {
     link: Arc<Link<Session>>,
     /// What comes without belonging to a request.
     stray: broadcast::Sender<Notification>,
@@ -109,7 +103,10 @@ pub(super) async fn call(
     endpoint: &Arc<Endpoint>,
     request: McpRequest,
 ) -> Result<McpResponse, BoxError> {
-    let slot = shared.sessions.slot(shared, request.caller());
+    let upstream = shared.wire.upstream();
+    let Some(slot) = shared.sessions.get(request.caller(), || Slot::new(upstream)) else {
+        return Err(Overloaded { limit: MOST_SESSIONS }.into());
+    };
     if request.extensions().get::<Unsolicited>().is_some() {
         return Ok(McpResponse::new(Payload::Stream(unsolicited(slot.stray.subscribe()))));
     }
@@ -179,27 +176,9 @@ impl From<UpstreamError> for Refusal {
     }
 }
 
-impl Sessions {
-    fn slot(&self, shared: &Arc<Shared>, caller: &Caller) -> Arc<Slot> {
-        if !self.sweeping.swap(true, Ordering::Relaxed) {
-            tokio::spawn(sweep(Arc::downgrade(shared)));
-        }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || {
-            let link = Link::within(shared.wire.upstream().clone(), HANDSHAKE);
-            Arc::new(Slot { link, stray: broadcast::Sender::new(NOTIFICATIONS) })
-        };
-        slots.entry(AffinityKey::of(caller)).or_insert_with(new).clone()
-    }
-}
-
-/// Ends the sessions of clients that are gone.
-async fn sweep(shared: Weak<Shared>) {
-    let mut tick = tokio::time::interval(SWEEP_EVERY);
-    loop {
-        tick.tick().await;
-        let Some(shared) = shared.upgrade() else { return };
-        shared.sessions.slots.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| key.is_live());
+impl Slot {
+    fn new(upstream: &ServerName) -> Slot {
+        Slot { link: Link::within(upstream.clone(), HANDSHAKE), stray: broadcast::Sender::new(NOTIFICATIONS) }
     }
 }
 
@@ -724,6 +703,7 @@ impl Reader {
 
     /// A question on its way to the client. Its answer goes back to this session, whatever becomes of the stream.
     fn question(&self, id: RequestId, method: Method, params: Params) -> ServerRequest {
+        let params = translate::sign_question(self.session.wire.upstream(), &method, params);
         let (reply, answer) = Reply::new();
         let session = self.session.clone();
         tokio::spawn(async move {

@@ -24,13 +24,12 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
 use tower::Service;
 
-use self::{
-    legacy::Sessions,
-    wire::{Answer, Wire, post_headers, redirect},
-};
+use self::wire::{Answer, Wire, post_headers, redirect};
 use super::{
     link::{Connection, Link},
-    secret, translate,
+    secret,
+    slots::Slots,
+    translate,
 };
 use crate::{
     BoxError,
@@ -66,7 +65,7 @@ struct Shared {
     spec: Spec,
     wire: Arc<Wire>,
     endpoint: Arc<Link<Endpoint>>,
-    sessions: Sessions,
+    sessions: Slots<legacy::Slot>,
 }
 
 /// What the configuration says; references in it are resolved when a connection is made.
@@ -133,7 +132,9 @@ impl HttpUpstream {
     fn with(name: ServerName, spec: Spec) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
         let endpoint = Link::within(name, HANDSHAKE);
-        HttpUpstream { shared: Arc::new(Shared { spec, wire, endpoint, sessions: Sessions::default() }) }
+        HttpUpstream {
+            shared: Arc::new(Shared { spec, wire, endpoint, sessions: Slots::new(legacy::MOST_SESSIONS) }),
+        }
     }
 }
 

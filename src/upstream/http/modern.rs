@@ -120,7 +120,9 @@ fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
 /// A JSON answer.
 fn response(shared: &Shared, body: bytes::Bytes, id: &RequestId) -> Result<Payload, UpstreamError> {
     match Message::parse_response(body, id) {
-        Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, id) => Ok(payload),
+        Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, id) => {
+            Ok(translate::sign_result(shared.wire.upstream(), payload))
+        }
         Ok(_) => Err(shared.wire.error(Fault::Garbled, "an answer to something else")),
         Err(e) => Err(shared.wire.error(Fault::Garbled, e)),
     }
@@ -172,7 +174,7 @@ impl Reader {
                     return Ok(Frame::Notification(Notification { method, params }));
                 }
                 Ok(Message::Response { id, payload }) if answers(&id, &payload, &self.id) => {
-                    return Ok(Frame::Final(payload));
+                    return Ok(Frame::Final(translate::sign_result(wire.upstream(), payload)));
                 }
                 Ok(Message::Response { .. }) => {
                     return Err(wire.error(Fault::Garbled, "an answer to something else"));
