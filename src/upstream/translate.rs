@@ -10,8 +10,7 @@ use tokio::sync::broadcast;
 use crate::{
     identity::Client,
     protocol::{
-        Frame, FrameStream, ListenFilter, McpRequest, Method, Notification, Params, Payload, ProtocolVersion,
-        RawObject, ResultType, ServerName, meta,
+        Frame, FrameStream, ListenFilter, McpRequest, Notification, Params, ProtocolVersion, RawObject, meta,
     },
 };
 
@@ -112,48 +111,6 @@ pub(crate) fn listen_stream(
     Box::pin(stream::iter([Ok(first)]).chain(rest))
 }
 
-/// A question on its way to a client, in the name of who asks: the person who answers an elicitation must know which
-/// server that is (MCP 2025-11-25, elicitation, security considerations). The client sees one server, us.
-pub(crate) fn sign_question(upstream: &ServerName, method: &Method, mut params: Params) -> Params {
-    if *method == Method::Elicit {
-        let message = params.get_string("message").unwrap_or_default();
-        let signed = Value::from(format!("[{upstream}] {message}")).to_string();
-        params.object_mut().set("message", signed);
-    }
-    params
-}
-
-/// A modern upstream's result, its questions in its name.
-pub(crate) fn sign_result(upstream: &ServerName, payload: Payload) -> Payload {
-    match (ResultType::of(&payload), &payload) {
-        (ResultType::InputRequired, Payload::Raw(json)) => match sign_questions(upstream, json.clone()) {
-            Some(signed) => Payload::Raw(signed),
-            None => payload,
-        },
-        _ => payload,
-    }
-}
-
-fn sign_questions(upstream: &ServerName, result: Bytes) -> Option<Bytes> {
-    let mut result = RawObject::parse(result).ok()?;
-    let mut questions = result.get_object("inputRequests")?;
-    let read: Vec<(String, RawObject)> = questions
-        .iter()
-        .filter_map(|(key, question)| {
-            Some((key.to_owned(), RawObject::parse(question.to_owned().into()).ok()?))
-        })
-        .collect();
-    for (key, mut question) in read {
-        let method = Method::from(&*question.get_string("method")?);
-        if let Some(params) = question.get_bytes("params").and_then(|params| Params::parse(params).ok()) {
-            question.set("params", sign_question(upstream, &method, params).as_str());
-            questions.set(&key, question.as_str());
-        }
-    }
-    result.set("inputRequests", questions.as_str());
-    Some(result.into_bytes())
-}
-
 /// JSON bytes that were text before.
 pub(crate) fn text(json: &Bytes) -> &str {
     std::str::from_utf8(json).expect("JSON that was parsed is UTF-8")
@@ -162,6 +119,7 @@ pub(crate) fn text(json: &Bytes) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Method;
 
     fn request(params: Value) -> McpRequest {
         McpRequest::new(Method::ToolsCall, Params::from_value(&params))
@@ -189,14 +147,5 @@ mod tests {
         assert_eq!(params.as_str(), r#"{"_meta":{"progressToken":7},"name":"a"}"#);
         let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28" });
         assert_eq!(legacy_params(&request(json!({ "name": "a", "_meta": m }))).as_str(), r#"{"name":"a"}"#);
-    }
-
-    #[test]
-    fn whoever_asks_a_person_is_named() {
-        let result = r#"{"x":1e400,"resultType":"input_required","inputRequests":{"a":{"method":"elicitation/create","params":{"message":"Which?"}},"b":{"method":"roots/list"}}}"#;
-        let Payload::Raw(signed) = sign_result(&"files".parse().unwrap(), Payload::Raw(result.into())) else {
-            panic!()
-        };
-        assert_eq!(text(&signed), result.replace("Which?", "[files] Which?"));
     }
 }
