@@ -16,7 +16,7 @@ use tower::{Layer, Service};
 
 use super::{
     asked::{Asked, without_answers},
-    lot::{Lot, Question, Rest, Resumed, full},
+    lot::{Lot, Parking, Question, Rest, Resumed},
 };
 use crate::{
     BoxError, McpService,
@@ -211,8 +211,8 @@ impl Place {
             questions.push(Question::of_ended(i + 1, request));
         }
         match self.lot.park(asked, questions, None) {
-            Ok(result) => Payload::Raw(result),
-            Err(_) => Payload::Error(full()),
+            Parking::Waits(result) => Payload::Raw(result),
+            Parking::Full(_) => Payload::Error(error),
         }
     }
 }
@@ -242,6 +242,12 @@ struct Watched {
     token: Option<Bytes>,
 }
 
+/// What became of a call that asks.
+enum Asking {
+    Waits(Bytes),
+    GoesOn(Box<Watched>),
+}
+
 impl Watched {
     async fn next(mut self) -> Option<(Result<Frame, BoxError>, Option<Watched>)> {
         loop {
@@ -251,8 +257,8 @@ impl Watched {
             };
             match frame {
                 Ok(Frame::Request(first)) => match self.ask(first) {
-                    Ok(result) => return Some((Ok(Frame::Final(Payload::Raw(result))), None)),
-                    Err(going_on) => self = *going_on,
+                    Asking::Waits(result) => return Some((Ok(Frame::Final(Payload::Raw(result))), None)),
+                    Asking::GoesOn(watched) => self = *watched,
                 },
                 Ok(Frame::Notification(mut notification)) => {
                     if notification.method == Method::Progress && self.token != self.rest.token {
@@ -277,7 +283,7 @@ impl Watched {
 
     /// Parks the call with its question, and with those that are there already. The call goes on when nothing of it
     /// can be asked.
-    fn ask(mut self, first: ServerRequest) -> Result<Bytes, Box<Watched>> {
+    fn ask(mut self, first: ServerRequest) -> Asking {
         let mut questions = Vec::new();
         let mut request = first;
         loop {
@@ -300,15 +306,13 @@ impl Watched {
             }
         }
         if questions.is_empty() {
-            return Err(Box::new(self));
+            return Asking::GoesOn(Box::new(self));
         }
         let Watched { place, rest, asked, token } = self;
         match place.lot.park(&asked, questions, Some(rest)) {
-            Ok(result) => Ok(result),
-            Err((questions, rest)) => {
-                questions.into_iter().for_each(|question| question.refuse(full()));
-                let rest = rest.expect("it was given");
-                Err(Box::new(Watched { place, rest, asked, token }))
+            Parking::Waits(result) => Asking::Waits(result),
+            Parking::Full(rest) => {
+                Asking::GoesOn(Box::new(Watched { place, rest: rest.unwrap_or_default(), asked, token }))
             }
         }
     }

@@ -51,6 +51,13 @@ pub(super) struct Rest {
     pub(super) token: Option<Bytes>,
 }
 
+/// Nothing.
+impl Default for Rest {
+    fn default() -> Self {
+        Rest { frames: Box::pin(futures_util::stream::empty()), next: None, token: None }
+    }
+}
+
 /// One question of a call.
 pub(super) struct Question {
     key: String,
@@ -84,6 +91,14 @@ impl Question {
     }
 }
 
+/// What became of a call that was to be parked.
+pub(super) enum Parking {
+    /// It waits. The result for its client.
+    Waits(Bytes),
+    /// There was no room; what it has yet to say.
+    Full(Option<Rest>),
+}
+
 /// How a retry goes on.
 pub(super) enum Resumed {
     /// With what the call has yet to say.
@@ -99,16 +114,20 @@ impl Lot {
         Lot { seal: Seal::random(), most, wait, state: Mutex::default() }
     }
 
-    /// Parks a call. The result for its client, or the call again when there is no room.
+    /// Parks a call. When there is no room its questions are refused, and it goes on.
     pub(super) fn park(
         self: &Arc<Self>,
         asked: &Asked,
         questions: Vec<Question>,
         rest: Option<Rest>,
-    ) -> Result<Bytes, (Vec<Question>, Option<Rest>)> {
+    ) -> Parking {
         let mut state = self.lock();
         if state.calls.len() >= self.most {
-            return Err((questions, rest));
+            drop(state);
+            let full =
+                || RpcError::new(code::OVERLOADED, "too many calls wait for an answer of their clients");
+            questions.into_iter().for_each(|question| question.refuse(full()));
+            return Parking::Full(rest);
         }
         state.next += 1;
         let number = state.next;
@@ -117,7 +136,7 @@ impl Lot {
         if !std::mem::replace(&mut state.expiring, true) {
             tokio::spawn(expire(Arc::downgrade(self)));
         }
-        Ok(result)
+        Parking::Waits(result)
     }
 
     /// Gives a call its answers. `None` when the state is not of this lot at all.
@@ -160,14 +179,13 @@ impl Lot {
                 (None, reply) => left.push(Question { reply, ..question }),
             }
         }
-        let (left, rest) = match left.is_empty() {
-            true => (left, parked.rest),
+        let rest = match left.is_empty() {
+            true => parked.rest,
             false => match self.park(asked, left, parked.rest) {
-                Ok(result) => return Resumed::Again(result),
-                Err(full) => full,
+                Parking::Waits(result) => return Resumed::Again(result),
+                Parking::Full(rest) => rest,
             },
         };
-        left.into_iter().for_each(|question| question.refuse(full()));
         rest.map_or(Resumed::Anew, Resumed::Goes)
     }
 
@@ -191,11 +209,6 @@ impl Lot {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Why a question is not asked when too many calls wait already.
-pub(super) fn full() -> RpcError {
-    RpcError::new(code::OVERLOADED, "too many calls wait for an answer of their clients")
 }
 
 fn refs(binding: &[Vec<u8>; 4]) -> [&[u8]; 4] {
