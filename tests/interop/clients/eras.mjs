@@ -105,12 +105,19 @@ const features = {
     assert.equal(ofTemplate.completion.values[0], "120");
   },
 
+  // On a connection that callers share, a log message does not say whose it is. Another client's call at the same
+  // moment then costs both their messages, so there it may take a few tries.
   async logging(scene) {
     if (scene.legacy) await scene.peer.client.setLoggingLevel("debug");
-    scene.peer.logs.length = 0;
-    await call(scene, "test_tool_with_logging", {}, scene.legacy ? {} : { _meta: { [LOG_LEVEL]: "debug" } });
     const said = () => scene.peer.logs.filter((log) => log.logger === "fixture").map((log) => log.data);
-    await until(() => STEPS.every((step) => said().includes(step)), "three log messages");
+    const whole = () => STEPS.every((step) => said().includes(step));
+    const shared = !scene.upstream.endsWith("-http") || (scene.upstreamLegacy && !scene.legacy);
+    for (let tries = shared ? 8 : 1; tries > 0 && !whole(); tries -= 1) {
+      scene.peer.logs.length = 0;
+      await call(scene, "test_tool_with_logging", {}, scene.legacy ? {} : { _meta: { [LOG_LEVEL]: "debug" } });
+      await until(whole, "three log messages", 300 + 500 * Math.random()).catch(() => {});
+    }
+    assert.ok(whole(), `three messages were logged, and these came: ${JSON.stringify(said())}`);
   },
 
   async progress(scene) {

@@ -5,6 +5,7 @@
 
 import json
 import os
+import random
 import re
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -147,14 +148,23 @@ async def completion(scene):
     equal(found.completion.values[0], "120")
 
 
+# On a connection that callers share, a log message does not say whose it is. Another client's call at the same
+# moment then costs both their messages, so there it may take a few tries.
 @feature("logging")
 async def logging(scene):
     if scene.legacy:
         await scene.client.set_logging_level("debug")
-    scene.peer.logs.clear()
-    await scene.call("test_tool_with_logging", {})
     said = lambda: [log.data for log in scene.peer.logs if log.logger == "fixture"]
-    await until(lambda: all(step in said() for step in STEPS), "three log messages")
+    whole = lambda: all(step in said() for step in STEPS)
+    shared = not scene.upstream.endswith("-http") or (scene.upstream_legacy and not scene.legacy)
+    for _ in range(8 if shared else 1):
+        scene.peer.logs.clear()
+        await scene.call("test_tool_with_logging", {})
+        for _ in range(random.randint(6, 16)):
+            if whole():
+                return
+            await anyio.sleep(0.05)
+    raise AssertionError(f"three messages were logged, and these came: {said()}")
 
 
 @feature("progress")

@@ -1,6 +1,6 @@
 """The npm Inspector's command line over Streamable HTTP: `inspector.py eras URL legacy|auto|modern`.
 
-It speaks one method a run, so there is one process for each check. Of the features in `eras.py` it has those of
+It speaks one method a run, so each check is a process; what is listed is asked for once. Of the features in `eras.py` it has those of
 `OFFERED`; its roots come from a configuration file, and it declares neither sampling nor elicitation.
 INTEROP_INSPECTOR is the command to run. The environment is otherwise that of `eras.py`.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 RUN_LIMIT = 30
+LISTS = {}
 url, mode = sys.argv[2:4]
 label = f"inspector/{mode}"
 
@@ -60,6 +61,11 @@ class Inspector:
         told = json.loads(done.stdout)
         return told.get("result", told)
 
+    def listed(self, method, of, key):
+        if method not in LISTS:
+            LISTS[method] = [one[key] for one in self.run(method)[of]]
+        return LISTS[method]
+
     def call(self, tool, arguments):
         result = self.run("tools/call", tool_name=tool, tool_args_json=json.dumps(arguments))
         assert not result.get("isError"), result
@@ -67,15 +73,14 @@ class Inspector:
 
 
 def tools(inspector, upstream):
-    names = [tool["name"] for tool in inspector.run("tools/list")["tools"]]
-    assert f"{upstream}_echo" in names, names
+    assert f"{upstream}_echo" in inspector.listed("tools/list", "tools", "name")
     result = inspector.call(f"{upstream}_echo", {"message": inspector.secret})
     assert result["structuredContent"] == {"message": inspector.secret}, result
 
 
 def prompts(inspector, upstream):
     name = f"{upstream}_test_prompt_with_arguments"
-    assert name in [prompt["name"] for prompt in inspector.run("prompts/list")["prompts"]]
+    assert name in inspector.listed("prompts/list", "prompts", "name")
     result = inspector.run("prompts/get", prompt_name=name, prompt_args=[f"arg1={inspector.secret}", "arg2=b"])
     said = result["messages"][0]["content"]["text"]
     assert said == f"Prompt with arguments: arg1='{inspector.secret}', arg2='b'", said
@@ -83,15 +88,14 @@ def prompts(inspector, upstream):
 
 def resources(inspector, upstream):
     uri = f"{upstream}://static-text"
-    assert uri in [resource["uri"] for resource in inspector.run("resources/list")["resources"]]
+    assert uri in inspector.listed("resources/list", "resources", "uri")
     content = inspector.run("resources/read", uri=uri)["contents"][0]
     assert content["uri"] == uri and content["text"] == "This is the content of the static text resource.", content
 
 
 def templates(inspector, upstream):
     template = f"{upstream}://template/{{id}}/data"
-    listed = inspector.run("resources/templates/list")["resourceTemplates"]
-    assert template in [one["uriTemplate"] for one in listed], listed
+    assert template in inspector.listed("resources/templates/list", "resourceTemplates", "uriTemplate")
     content = inspector.run("resources/read", uri=template.replace("{id}", inspector.secret))["contents"][0]
     assert json.loads(content["text"])["id"] == inspector.secret, content
 

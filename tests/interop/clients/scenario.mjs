@@ -344,9 +344,9 @@ export function text(result) {
   return result.content.filter((block) => block.type === "text").map((block) => block.text).join("\n");
 }
 
-export async function until(ready, what) {
+export async function until(ready, what, limit = 8_000) {
   // server-everything repeats itself every five seconds, so eight are enough to see it once.
-  for (let waited = 0; waited < 8_000; waited += 50) {
+  for (let waited = 0; waited < limit; waited += 50) {
     if (ready()) return;
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
