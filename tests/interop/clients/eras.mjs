@@ -55,7 +55,8 @@ const answers = (scene) => ({
   elicit(params) {
     scene.asked.push(params);
     if (params.mode === "url") return { action: "accept" };
-    return { action: "accept", content: { username: scene.secret, email: "someone@example.com" } };
+    const content = Object.keys(params.requestedSchema.properties).map((field) => [field, scene.secret]);
+    return { action: "accept", content: Object.fromEntries(content) };
   },
   roots() {
     scene.asked.push({});
@@ -108,13 +109,22 @@ const features = {
   // On a connection that callers share, a log message does not say whose it is. Another client's call at the same
   // moment then costs both their messages, so there it may take a few tries.
   async logging(scene) {
-    if (scene.legacy) await scene.peer.client.setLoggingLevel("debug");
+    const log = (level) => call(scene, "test_tool_with_logging", {}, level ? { _meta: { [LOG_LEVEL]: level } } : {});
+    if (scene.legacy) {
+      await scene.peer.client.setLoggingLevel("debug");
+    } else {
+      // A modern client asks with each request, or hears nothing.
+      scene.peer.logs.length = 0;
+      await log(undefined);
+      await log("error");
+      assert.deepEqual(scene.peer.logs, [], "logged without being asked to");
+    }
     const said = () => scene.peer.logs.filter((log) => log.logger === "fixture").map((log) => log.data);
     const whole = () => STEPS.every((step) => said().includes(step));
     const shared = !scene.upstream.endsWith("-http") || (scene.upstreamLegacy && !scene.legacy);
     for (let tries = shared ? 8 : 1; tries > 0 && !whole(); tries -= 1) {
       scene.peer.logs.length = 0;
-      await call(scene, "test_tool_with_logging", {}, scene.legacy ? {} : { _meta: { [LOG_LEVEL]: "debug" } });
+      await log(scene.legacy ? undefined : "debug");
       await until(whole, "three log messages", 300 + 500 * Math.random()).catch(() => {});
     }
     assert.ok(whole(), `three messages were logged, and these came: ${JSON.stringify(said())}`);
@@ -175,7 +185,7 @@ const features = {
     assert.equal(content.text, `what of ${scene.upstream}?`);
   },
 
-  "elicitation: form": async (scene) => {
+  "elicitation (form)": async (scene) => {
     const result = await call(scene, "test_elicitation", { message: `who uses ${scene.upstream}?` });
     assert.match(text(result), /action=accept/);
     assert.ok(text(result).includes(scene.secret), text(result));
@@ -184,7 +194,7 @@ const features = {
     assert.deepEqual(Object.keys(asked.requestedSchema.properties).sort(), ["email", "username"]);
   },
 
-  "elicitation: URL": async (scene) => {
+  "elicitation (URL)": async (scene) => {
     const page = `https://example.com/${scene.secret}`;
     const result = await call(scene, "test_elicitation_url", { url: page });
     assert.match(text(result), /action=accept/);
@@ -197,6 +207,18 @@ const features = {
     const complete = (note) =>
       note.method === "notifications/elicitation/complete" && note.params.elicitationId === asked.elicitationId;
     await until(() => scene.peer.notes.some(complete), "notifications/elicitation/complete");
+  },
+
+  // A tool is not all that may ask.
+  "elicitation (prompt, resource)": async (scene) => {
+    const name = own(scene, "test_input_required_result_prompt");
+    const prompt = await scene.peer.client.getPrompt({ name });
+    assert.equal(prompt.messages[0].content.text, `In this context: ${scene.secret}`);
+    once(scene);
+    scene.asked.length = 0;
+    const { contents } = await scene.peer.client.readResource({ uri: `${scene.upstream}://input-required` });
+    assert.equal(contents[0].text, `read because: ${scene.secret}`);
+    once(scene);
   },
 
   async roots(scene) {

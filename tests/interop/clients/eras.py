@@ -18,6 +18,7 @@ from mcp import MCPError
 from scenario import equal, innermost, pages, text, until
 
 CHECK_LIMIT = 12
+LOG_LEVEL = "io.modelcontextprotocol/logLevel"
 STEPS = ["Tool execution started", "Tool processing data", "Tool execution completed"]
 FEATURES = {}
 
@@ -43,8 +44,8 @@ class Scene:
     def own(self, name):
         return f"{self.upstream}_{name}"
 
-    async def call(self, tool, arguments):
-        result = await self.client.call_tool(self.own(tool), arguments)
+    async def call(self, tool, arguments, meta=None):
+        result = await self.client.call_tool(self.own(tool), arguments, meta=meta)
         assert not result.is_error, f"{tool} failed: {text(result)}"
         return result
 
@@ -63,7 +64,8 @@ class Scene:
         self.asked.append(params)
         if params.mode == "url":
             return t.ElicitResult(action="accept")
-        return t.ElicitResult(action="accept", content={"username": self.secret, "email": "someone@example.com"})
+        fields = params.requested_schema["properties"]
+        return t.ElicitResult(action="accept", content=dict.fromkeys(fields, self.secret))
 
     async def roots(self, _):
         self.asked.append(None)
@@ -152,14 +154,21 @@ async def completion(scene):
 # moment then costs both their messages, so there it may take a few tries.
 @feature("logging")
 async def logging(scene):
+    log = lambda level: scene.call("test_tool_with_logging", {}, {LOG_LEVEL: level} if level else None)
     if scene.legacy:
         await scene.client.set_logging_level("debug")
+    else:
+        # A modern client asks with each request, or hears nothing.
+        scene.peer.logs.clear()
+        await log(None)
+        await log("error")
+        assert not scene.peer.logs, f"logged without being asked to: {scene.peer.logs}"
     said = lambda: [log.data for log in scene.peer.logs if log.logger == "fixture"]
     whole = lambda: all(step in said() for step in STEPS)
     shared = not scene.upstream.endswith("-http") or (scene.upstream_legacy and not scene.legacy)
     for _ in range(8 if shared else 1):
         scene.peer.logs.clear()
-        await scene.call("test_tool_with_logging", {})
+        await log(None if scene.legacy else "debug")
         for _ in range(random.randint(6, 16)):
             if whole():
                 return
@@ -240,7 +249,7 @@ async def sampling(scene):
     equal((content[0] if isinstance(content, list) else content).text, prompt)
 
 
-@feature("elicitation: form")
+@feature("elicitation (form)")
 async def elicitation_form(scene):
     message = f"who uses {scene.upstream}?"
     said = text(await scene.call("test_elicitation", {"message": message}))
@@ -250,7 +259,7 @@ async def elicitation_form(scene):
     equal(sorted(asked.requested_schema["properties"]), ["email", "username"])
 
 
-@feature("elicitation: URL")
+@feature("elicitation (URL)")
 async def elicitation_url(scene):
     page = f"https://example.com/{scene.secret}"
     said = text(await scene.call("test_elicitation_url", {"url": page}))
@@ -265,6 +274,18 @@ async def elicitation_url(scene):
         about = lambda note: isinstance(note, t.ElicitCompleteNotification) and note.params.elicitation_id
         heard = lambda: any(about(note) == asked.elicitation_id for note in scene.peer.notes)
         await until(heard, "notifications/elicitation/complete")
+
+
+# A tool is not all that may ask.
+@feature("elicitation (prompt, resource)")
+async def elicitation_elsewhere(scene):
+    prompt = await scene.client.get_prompt(scene.own("test_input_required_result_prompt"))
+    equal(prompt.messages[0].content.text, f"In this context: {scene.secret}")
+    scene.once()
+    scene.asked.clear()
+    content = (await scene.client.read_resource(f"{scene.upstream}://input-required")).contents[0]
+    equal(content.text, f"read because: {scene.secret}")
+    scene.once()
 
 
 @feature("roots")

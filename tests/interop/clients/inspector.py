@@ -1,8 +1,8 @@
 """The npm Inspector's command line over Streamable HTTP: `inspector.py eras URL legacy|auto|modern`.
 
-It speaks one method a run, so each check is a process; what is listed is asked for once. Of the features in `eras.py` it has those of
-`OFFERED`; its roots come from a configuration file, and it declares neither sampling nor elicitation.
-INTEROP_INSPECTOR is the command to run. The environment is otherwise that of `eras.py`.
+It speaks one method a run, so each check is a process; what is listed is asked for once. Of the features in
+`eras.py` it has those of `OFFERED`; its roots come from a configuration file, and it declares neither sampling nor
+elicitation. INTEROP_INSPECTOR is the command to run. The environment is otherwise that of `eras.py`.
 """
 
 import json

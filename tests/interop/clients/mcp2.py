@@ -37,7 +37,6 @@ async def connect(url, answers=None):
         options["sampling_callback"] = answers.sample
         options["elicitation_callback"] = answers.elicit
         options["list_roots_callback"] = answers.roots
-        options["log_level"] = "debug"
     async with wire.http:
         transport = streamable_http_client(url, http_client=wire.http)
         async with Client(transport, mode=mode, read_timeout_seconds=20, **options) as client:

@@ -25,5 +25,6 @@ await play("sdk1", url, "2025-11-25", async (url, answers) => {
   }
   const transport = new StreamableHTTPClientTransport(url, { fetch });
   await client.connect(transport);
-  return { client, transport, wire, logs, notes, call: (params, options) => client.callTool(params, undefined, options) };
+  const call = (params, options) => client.callTool(params, undefined, options);
+  return { client, transport, wire, logs, notes, call };
 });

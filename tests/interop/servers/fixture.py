@@ -99,7 +99,7 @@ async def call_tool(ctx, params):
             answer = await ask(ctx, params, question, "sampling")
             return pending(answer) or text(f"LLM response: {answer['content']['text']}")
         case "test_elicitation":
-            answer = await ask(ctx, params, form(arguments["message"]), "elicitation")
+            answer = await ask(ctx, params, form(arguments["message"], "username", "email"), "elicitation")
             return pending(answer) or described(answer)
         case "test_elicitation_url":
             answer = await ask(ctx, params, page(arguments["url"]), "elicitation")
@@ -126,13 +126,14 @@ async def slow(ctx, arguments):
 
 async def ask(ctx, params, request, capability):
     """The client's answer; in the modern era first a result that asks for it, and the answer on the retry."""
+    about = getattr(params, "name", None) or params.uri
     if not getattr(ctx.session.client_capabilities, capability, None):
         raise MCPError(t.INVALID_REQUEST, f"the client does not support {capability}")
     if ctx.protocol_version >= MODERN:
         responses = params.input_responses or {}
         if "answer" not in responses:
-            return t.InputRequiredResult(input_requests={"answer": request}, request_state=f"asked {params.name}")
-        if params.request_state != f"asked {params.name}":
+            return t.InputRequiredResult(input_requests={"answer": request}, request_state=f"asked {about}")
+        if params.request_state != f"asked {about}":
             raise MCPError(t.INVALID_PARAMS, f"the request state is not this server's: {params.request_state}")
         answer = responses["answer"]
         return answer if isinstance(answer, dict) else wire(answer)
@@ -155,8 +156,8 @@ async def ask_now(ctx, request):
     return await session.list_roots()
 
 
-def form(message):
-    schema = {"type": "object", "properties": {"username": TEXT, "email": TEXT}, "required": ["username", "email"]}
+def form(message, *fields):
+    schema = {"type": "object", "properties": dict.fromkeys(fields, TEXT), "required": list(fields)}
     return t.ElicitRequest(params=t.ElicitRequestFormParams(message=message, requested_schema=schema))
 
 
@@ -175,19 +176,29 @@ def described(answer):
 
 async def list_prompts(ctx, params):
     arguments = [t.PromptArgument(name=name, required=True) for name in ("arg1", "arg2")]
-    return t.ListPromptsResult(prompts=[t.Prompt(name="test_prompt_with_arguments", arguments=arguments)])
+    prompts = [
+        t.Prompt(name="test_prompt_with_arguments", arguments=arguments),
+        t.Prompt(name="test_input_required_result_prompt", description="Asks the user for its context."),
+    ]
+    return t.ListPromptsResult(prompts=prompts)
 
 
 async def get_prompt(ctx, params):
-    if params.name != "test_prompt_with_arguments":
+    if params.name == "test_input_required_result_prompt":
+        answer = await ask(ctx, params, form("What context should the prompt use?", "context"), "elicitation")
+        if pending(answer):
+            return answer
+        said = f"In this context: {answer['content']['context']}"
+    elif params.name == "test_prompt_with_arguments":
+        said = "Prompt with arguments: arg1='{arg1}', arg2='{arg2}'".format(**params.arguments)
+    else:
         raise MCPError(t.INVALID_PARAMS, f"unknown prompt: {params.name}")
-    said = "Prompt with arguments: arg1='{arg1}', arg2='{arg2}'".format(**params.arguments)
     return t.GetPromptResult(messages=[t.PromptMessage(role="user", content=line(said))])
 
 
 async def list_resources(ctx, params):
-    resource = t.Resource(uri=f"{scheme}://static-text", name="static-text", mime_type="text/plain")
-    return t.ListResourcesResult(resources=[resource])
+    own = lambda name: t.Resource(uri=f"{scheme}://{name}", name=name, mime_type="text/plain")
+    return t.ListResourcesResult(resources=[own("static-text"), own("input-required")])
 
 
 async def list_templates(ctx, params):
@@ -199,6 +210,11 @@ async def read_resource(ctx, params):
     path = params.uri.removeprefix(f"{scheme}://")
     if path == "static-text":
         said = "This is the content of the static text resource."
+    elif path == "input-required":
+        answer = await ask(ctx, params, form("Why should this be read?", "reason"), "elicitation")
+        if pending(answer):
+            return answer
+        said = f"read because: {answer['content']['reason']}"
     elif path.startswith("template/") and path.endswith("/data"):
         said = json.dumps({"id": path.split("/")[1]})
     else:
