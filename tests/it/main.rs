@@ -25,3 +25,5 @@ mod stage;
 mod support;
 #[cfg(feature = "daemon")]
 mod upstream;
+#[cfg(feature = "daemon")]
+mod upstream_limits;

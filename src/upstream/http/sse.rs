@@ -7,7 +7,7 @@ use http::HeaderValue;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 
-use super::wire::{ReadError, TooLarge};
+use super::wire::{ReadError, TooLarge, gather};
 
 /// One event that carries data.
 #[derive(Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Parser {
         match self.buffer.is_empty() {
             // The usual case: whole events in one chunk, which is then never copied.
             true => self.buffer = BytesMut::from(data),
-            false => self.buffer.extend_from_slice(&data),
+            false => gather(&mut self.buffer, &data, self.limit),
         }
     }
 
@@ -179,9 +179,9 @@ impl Parser {
                 match (self.data.take(), self.lines.is_empty()) {
                     (None, true) => self.data = Some(value),
                     (first, _) => {
-                        self.lines.extend_from_slice(&first.unwrap_or_default());
-                        self.lines.extend_from_slice(b"\n");
-                        self.lines.extend_from_slice(&value);
+                        for part in [&*first.unwrap_or_default(), b"\n", &value] {
+                            gather(&mut self.lines, part, self.limit);
+                        }
                     }
                 }
             }

@@ -32,8 +32,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const IDLE_CONNECTION: Duration = Duration::from_secs(60);
 /// A refusal's body is read this far: for the log, and to recognise a JSON-RPC error.
 const REFUSAL_LIMIT: usize = 64 * 1024;
-/// Room made at once for a body that says how long it is. It may say so and then be silent.
-const ROOM_AT_ONCE: usize = 1 << 20;
+/// What grows beyond this gets all the room it may ever need.
+const LARGE: usize = 1 << 20;
 
 pub(super) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
 pub(super) const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
@@ -230,12 +230,23 @@ async fn whole(mut body: Incoming, limit: usize) -> Result<Bytes, ReadError> {
             continue;
         }
         if all.is_empty() {
-            all.reserve(announced.min(ROOM_AT_ONCE));
-            all.extend_from_slice(&std::mem::take(&mut first));
+            all.reserve(announced);
+            gather(&mut all, &std::mem::take(&mut first), limit);
         }
-        all.extend_from_slice(&data);
+        gather(&mut all, &data, limit);
     }
     Ok(if all.is_empty() { first } else { all.freeze() })
+}
+
+/// Adds to what will be hardly more than `limit` bytes. Room costs memory only when something is in it, and a second copy of
+/// something large costs it at once; so what is large does not grow in steps.
+pub(super) fn gather(into: &mut BytesMut, more: &[u8], limit: usize) {
+    let len = into.len() + more.len();
+    if len > LARGE && len > into.capacity() {
+        // The last piece may lead beyond the limit.
+        into.reserve((limit + LARGE).max(len) - into.len());
+    }
+    into.extend_from_slice(more);
 }
 
 /// How the body is encoded. We accept nothing but it as it is.
