@@ -27,3 +27,5 @@ mod support;
 mod upstream;
 #[cfg(feature = "daemon")]
 mod upstream_limits;
+#[cfg(feature = "daemon")]
+mod upstream_streams;
