@@ -17,6 +17,9 @@ const MIB: usize = 1 << 20;
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 
+/// Something much too large.
+type Said = fn() -> Response;
+
 type Chunk = Result<Bytes, std::io::Error>;
 
 fn answer(kind: &'static str, body: impl Stream<Item = Chunk> + Send + 'static) -> Response {
@@ -50,7 +53,7 @@ fn peak(daemon: &Daemon) -> usize {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_of_256_mebibytes_costs_32_at_most() {
-    let cases: [(&str, fn() -> Response); 5] = [
+    let cases: [(&str, Said); 5] = [
         ("JSON that says how long it is", || {
             let mut response = answer(JSON, endless("{", 256, b"xxxxxxxx"));
             response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(256 * MIB as u64 + 1));
@@ -166,9 +169,9 @@ const FLOOD: usize = 20_000;
 
 #[tokio::test]
 async fn a_flood_of_notifications_waits_for_a_client_that_reads_slowly() {
-    for (script, modern) in legacy_or_modern().into_iter().flat_map(|script| [(script, true)]) {
-        flood(script, modern).await;
-    }
+    // A modern client's stream is read through one channel, a legacy client's through another.
+    flood(Upstream::modern(), true).await;
+    flood(Upstream::legacy(), true).await;
     flood(Upstream::legacy(), false).await;
 }
 
@@ -204,7 +207,9 @@ async fn flood(script: Script, modern: bool) {
     .await;
     assert!(probe.has_begun() < FLOOD, "all of them are somewhere in between");
     for n in 1..FLOOD {
-        assert_eq!(call.next_json().await["params"]["progress"], n);
+        let message = call.next().await.expect("one more");
+        let end = format!(r#","progress":{n}}}}}"#);
+        assert!(message.ends_with(end.as_bytes()), "{n}: {message:?}");
     }
     assert_eq!(call.next_json().await["result"]["content"], json!([]));
 }

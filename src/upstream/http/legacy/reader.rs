@@ -11,7 +11,7 @@ use http::HeaderValue;
 
 use super::{
     is_list_change,
-    session::{CancelOnDrop, Opened, Session},
+    session::{CancelOnDrop, Session, Unopened},
 };
 use crate::{
     error::{Fault, UpstreamError},
@@ -131,10 +131,10 @@ impl Reader {
             self.attempts += 1;
             tokio::time::sleep(cursor.wait()).await;
             match session.way.open_stream(cursor.clone()).await {
-                Opened::Stream(events) => return Ok(events),
-                Opened::Failed => {}
+                Ok(events) => return Ok(events),
+                Err(Unopened::Failed) => {}
                 // That the request was processed is certain, so it does not go out again, session or no session.
-                Opened::NotOffered | Opened::Unknown => break,
+                Err(Unopened::NotOffered | Unopened::Unknown) => break,
             }
         }
         Err(match end {

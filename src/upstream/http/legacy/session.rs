@@ -71,9 +71,8 @@ pub(super) struct Way {
     headers: HeaderMap,
 }
 
-/// What a GET came to.
-pub(super) enum Opened {
-    Stream(Events),
+/// Why a GET opened no stream.
+pub(super) enum Unopened {
     /// The server has none to give.
     NotOffered,
     /// The server does not know what was asked for, which may be the session.
@@ -95,7 +94,7 @@ impl Connection for Session {
 
 impl Way {
     /// Opens a stream to read: the one for what belongs to no request, or the rest of any.
-    pub(super) async fn open_stream(&self, cursor: Cursor) -> Opened {
+    pub(super) async fn open_stream(&self, cursor: Cursor) -> Result<Events, Unopened> {
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
         headers.remove(CONTENT_TYPE);
@@ -103,12 +102,12 @@ impl Way {
             headers.insert(LAST_EVENT_ID, id.clone());
         }
         match self.wire.send(HttpMethod::GET, &self.uri, headers, Bytes::new()).await {
-            Ok(Answer::Events(_, events)) => Opened::Stream(events.after(cursor)),
-            Ok(Answer::Refused(status, ..)) if status.is_server_error() => Opened::Failed,
-            Ok(Answer::Refused(StatusCode::NOT_FOUND, ..)) => Opened::Unknown,
-            Ok(_) => Opened::NotOffered,
-            Err(error) if matches!(error.fault, Fault::Unreachable | Fault::Lost) => Opened::Failed,
-            Err(_) => Opened::NotOffered,
+            Ok(Answer::Events(_, events)) => Ok(events.after(cursor)),
+            Ok(Answer::Refused(status, ..)) if status.is_server_error() => Err(Unopened::Failed),
+            Ok(Answer::Refused(StatusCode::NOT_FOUND, ..)) => Err(Unopened::Unknown),
+            Ok(_) => Err(Unopened::NotOffered),
+            Err(error) if matches!(error.fault, Fault::Unreachable | Fault::Lost) => Err(Unopened::Failed),
+            Err(_) => Err(Unopened::NotOffered),
         }
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::{broadcast, mpsc};
 
 use super::{
     BRIEFLY, is_list_change,
-    session::{Opened, Session},
+    session::{Session, Unopened},
 };
 use crate::{
     identity::Client,
@@ -185,7 +185,7 @@ async fn keep_listening(session: Weak<Session>) {
     let (mut cursor, mut was_open, mut failures) = (Cursor::default(), false, 0);
     loop {
         match way.open_stream(cursor.clone()).await {
-            Opened::Stream(mut events) => {
+            Ok(mut events) => {
                 (was_open, failures) = (true, 0);
                 let end = loop {
                     match events.next().await {
@@ -204,11 +204,11 @@ async fn keep_listening(session: Weak<Session>) {
                 }
             }
             // It has forgotten how far we were, and may have the stream all the same.
-            Opened::NotOffered | Opened::Unknown if cursor.id.is_some() => cursor.id = None,
+            Err(Unopened::NotOffered | Unopened::Unknown) if cursor.id.is_some() => cursor.id = None,
             // One that never had the stream may say 404 of that.
-            Opened::Unknown if was_open => break,
-            Opened::NotOffered | Opened::Unknown => return,
-            Opened::Failed => failures += 1,
+            Err(Unopened::Unknown) if was_open => break,
+            Err(Unopened::NotOffered | Unopened::Unknown) => return,
+            Err(Unopened::Failed) => failures += 1,
         }
         let wait = cursor.wait() * 2u32.pow(failures);
         if wait > GIVE_UP_AFTER {
