@@ -332,6 +332,35 @@ async fn a_question_outside_of_a_call_reaches_the_one_client_whose_session_it_is
 }
 
 #[tokio::test]
+async fn a_client_that_begins_to_listen_is_asked_in_the_session_it_has() {
+    let (script, say, opened) = talkative();
+    let upstream = script.start().await;
+    let gateway = Gateway::with([("up", upstream.url())]).start().await;
+    let caller = client(ABLE);
+    call(&gateway, &caller).await;
+    assert_eq!(*opened.lock().expect("no panic"), 0, "nobody listens yet");
+    let mut stream = open(&gateway, &caller).await;
+    say.send(asks("r", "roots/list", &json!({}))).expect("the script is there");
+    question(&mut stream).await.reply.send(Payload::Raw("{}".into()));
+    assert_eq!(answered(&upstream, "\"r\"").await.raw("result"), "{}");
+}
+
+#[tokio::test]
+async fn a_server_that_knows_no_get_loses_no_session_over_it() {
+    for status in [404, 405, 400] {
+        let script = Upstream::legacy().tool("t").answers(r#"{"content":[]}"#);
+        let upstream = script.on("GET", move |_| async move { plain(status, "") }).start().await;
+        let gateway = Gateway::with([("up", upstream.url())]).start().await;
+        let gets = || upstream.seen().iter().filter(|sent| sent.verb == http::Method::GET).count();
+        eventually("it was asked", async || gets() == 1).await;
+        for _ in 0..3 {
+            gateway.modern().call("up_t", json!({})).await.result();
+        }
+        assert_eq!((upstream.seen_of("initialize").len(), gets()), (1, 1), "{status}");
+    }
+}
+
+#[tokio::test]
 async fn a_question_is_asked_once_however_many_listen() {
     let (script, say, _) = talkative();
     let upstream = script.start().await;

@@ -49,6 +49,16 @@ enum Refusal {
     Failed(UpstreamError),
 }
 
+impl Refusal {
+    /// Whether the server has certainly not begun with the request.
+    fn is_unprocessed(&self) -> bool {
+        match self {
+            Refusal::Expired => true,
+            Refusal::Failed(error) => error.fault == Fault::Unreachable,
+        }
+    }
+}
+
 impl From<UpstreamError> for Refusal {
     fn from(e: UpstreamError) -> Self {
         Refusal::Failed(e)

@@ -37,7 +37,7 @@ pub(super) struct Reader {
     /// The client's own progress token.
     token: Option<Bytes>,
     cancel: Option<CancelOnDrop>,
-    /// How often the rest was asked for since something new came.
+    /// How often the rest was asked for in a row.
     attempts: usize,
     /// After which event that was.
     asked_after: Option<HeaderValue>,
@@ -106,10 +106,7 @@ impl Reader {
     async fn event(&mut self) -> Result<Event, UpstreamError> {
         loop {
             let end = match self.events.next().await {
-                Ok(Some(event)) => {
-                    self.attempts = 0;
-                    return Ok(event);
-                }
+                Ok(Some(event)) => return Ok(event),
                 Ok(None) => None,
                 Err(error @ ReadError::Cut(_)) => Some(error),
                 Err(error) => return Err(self.session.way.wire.read_error(error)),
@@ -123,7 +120,7 @@ impl Reader {
         let (session, cursor) = (self.session.clone(), self.events.cursor().clone());
         let wire = &session.way.wire;
         if cursor.id != self.asked_after {
-            // The event may have been empty, and is news all the same: the server goes on.
+            // Something new came, be it an empty event: the server goes on. What has no id would come again.
             self.attempts = 0;
         }
         self.asked_after.clone_from(&cursor.id);

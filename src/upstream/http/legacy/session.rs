@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -42,6 +43,8 @@ use crate::{
 const NO_SESSION: [i64; 2] = [-32000, -32001];
 /// Questions of one session that are not answered yet.
 const MOST_QUESTIONS: usize = 64;
+/// A person may think this long over one.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10 * 60);
 
 /// One session.
 pub(super) struct Session {
@@ -150,8 +153,18 @@ impl Session {
         if let Some(session) = answered.get(SESSION_ID) {
             headers.insert(SESSION_ID, session.clone());
         }
-        let session = Session {
-            way: Arc::new(Way { wire: shared.wire.clone(), uri: endpoint.uri.clone(), headers }),
+        let way = Way { wire: shared.wire.clone(), uri: endpoint.uri.clone(), headers };
+        let session = Session::new(way, initialized, stray);
+        match session.notify(&Method::Initialized, &Params::default()).await {
+            Ok(()) => Ok(session),
+            Err(Refusal::Failed(error)) => Err(error),
+            Err(Refusal::Expired) => Err(wire.error(Fault::Garbled, "it forgot the session at once")),
+        }
+    }
+
+    fn new(way: Way, initialized: RawObject, stray: Arc<Stray>) -> Session {
+        Session {
+            way: Arc::new(way),
             initialized,
             next_id: AtomicU64::new(1),
             expired: AtomicBool::new(false),
@@ -162,11 +175,6 @@ impl Session {
             questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
             ended: watch::Sender::new(false),
             listener: Mutex::default(),
-        };
-        match session.notify(&Method::Initialized, &Params::default()).await {
-            Ok(()) => Ok(session),
-            Err(Refusal::Failed(error)) => Err(error),
-            Err(Refusal::Expired) => Err(wire.error(Fault::Garbled, "it forgot the session at once")),
         }
     }
 
@@ -194,9 +202,15 @@ impl Session {
         }
         let cancel = CancelOnDrop { session: self.clone(), id: Some(id.clone()) };
         let body = crate::protocol::request_json(&id, request.method(), &params);
-        let answer = self.post(body).await;
         let wire = &self.way.wire;
-        match answer? {
+        let answer = match self.post(body).await {
+            Err(refusal) if refusal.is_unprocessed() => {
+                cancel.disarm();
+                return Err(refusal);
+            }
+            answer => answer?,
+        };
+        match answer {
             Answer::Json(_, body) => {
                 cancel.disarm();
                 match Message::parse_response(body, &id) {
@@ -332,6 +346,10 @@ impl Session {
                     session.reply(&id, payload).await;
                 },
                 () = over => {}
+                () = tokio::time::sleep(ANSWER_WITHIN) => if let Some(session) = session.upgrade() {
+                    let error = RpcError::new(code::TIMED_OUT, "the client did not answer");
+                    session.reply(&id, Payload::Error(error)).await;
+                },
             }
             drop(room);
         });
@@ -415,5 +433,50 @@ impl Drop for CancelOnDrop {
             params.object_mut().set("requestId", id.as_str());
             briefly(session.notify(&Method::Cancelled, &params)).await;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A session at a server that is not there.
+    fn session() -> Arc<Session> {
+        let wire = Arc::new(Wire::new("up".parse().unwrap(), 1000));
+        let uri = Uri::from_static("http://127.0.0.1:9/mcp");
+        Arc::new(Session::new(
+            Way { wire, uri, headers: HeaderMap::new() },
+            RawObject::empty(),
+            Arc::default(),
+        ))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn questions_nobody_answers_make_room_after_a_while() {
+        let session = session();
+        let ask = async |n: usize| {
+            let id = RequestId::from(n as u64);
+            session.question(id, Method::RootsList, Params::default()).await
+        };
+        let mut open = Vec::new();
+        for n in 0..MOST_QUESTIONS {
+            open.push(ask(n).await.unwrap());
+        }
+        assert!(ask(100).await.is_none());
+        tokio::time::sleep(ANSWER_WITHIN * 2).await;
+        assert!(ask(101).await.is_some());
+        assert_eq!(open.len(), MOST_QUESTIONS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_keeps_no_session_alive() {
+        let session = session();
+        let held = session.question(RequestId::from(1), Method::RootsList, Params::default()).await.unwrap();
+        let (weak, room) = (Arc::downgrade(&session), session.questions.clone());
+        drop(session);
+        assert!(weak.upgrade().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(room.available_permits(), MOST_QUESTIONS, "its task is over");
+        drop(held);
     }
 }

@@ -37,7 +37,8 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
 pub(super) struct Stray {
     notifications: broadcast::Sender<Notification>,
     /// Who is asked: the one client, as long as it listens. A question has one answer, so it has one receiver.
-    client: Mutex<Option<mpsc::Sender<ServerRequest>>>,
+    /// Boxed: a channel makes room for many, and mostly there is none.
+    client: Mutex<Option<mpsc::Sender<Box<ServerRequest>>>>,
 }
 
 impl Default for Stray {
@@ -61,8 +62,10 @@ impl Stray {
     fn ask(&self, question: ServerRequest) {
         let client = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let asked = match client {
-            Some(client) => client.try_send(question).map_err(mpsc::error::TrySendError::into_inner),
-            None => Err(question),
+            Some(client) => {
+                client.try_send(Box::new(question)).map_err(mpsc::error::TrySendError::into_inner)
+            }
+            None => Err(Box::new(question)),
         };
         if let Err(question) = asked {
             let error = RpcError::new(code::METHOD_NOT_FOUND, "nobody can be asked outside of a call");
@@ -93,7 +96,7 @@ impl Stray {
             loop {
                 let question = questions.recv().await?;
                 match client.can_answer(&question.method, &question.params) {
-                    Ok(()) => return Some((Ok(Frame::Request(question)), (questions, client))),
+                    Ok(()) => return Some((Ok(Frame::Request(*question)), (questions, client))),
                     Err(error) => question.reply.refuse(error),
                 }
             }
