@@ -487,6 +487,28 @@ async fn sessions_of_modern_clients_declare_what_these_can_be_asked() {
 }
 
 #[tokio::test]
+async fn a_question_within_a_call_is_a_frame_of_the_call_on_a_shared_session_too() {
+    let script = Upstream::legacy().tool("t").on("tools/call", |sent| async move {
+        let question = asks("q", "elicitation/create", &json!({ "message": "Who?" }));
+        events([question, answer_to(&sent, "done")])
+    });
+    let upstream = script.start().await;
+    let service = HttpUpstream::new("up".parse().expect("a name"), upstream.url());
+    let client = Client { capabilities: r#"{"elicitation":{}}"#.into(), ..Client::gateway() };
+    let caller = Arc::new(Caller { client, ..(*Caller::anonymous()).clone() });
+    let call = McpRequest::call_tool("t", json!({})).with_caller(caller);
+    let Payload::Stream(mut frames) = service.oneshot(call).await.expect("an answer").into_payload() else {
+        panic!("no stream")
+    };
+    let asked = question(&mut frames).await;
+    assert_eq!(asked.params.get("message"), Some(r#""[up] Who?""#));
+    asked.reply.send(Payload::Raw(r#"{"action":"decline"}"#.into()));
+    assert_eq!(answered(&upstream, "\"q\"").await.raw("result"), r#"{"action":"decline"}"#);
+    assert!(matches!(frames.next().await, Some(Ok(Frame::Final(Payload::Raw(_))))));
+    assert!(frames.next().await.is_none());
+}
+
+#[tokio::test]
 async fn a_legacy_clients_session_declares_what_the_client_did() {
     let upstream = Upstream::legacy().tool("t").answers(r#"{"content":[]}"#).start().await;
     let gateway = Gateway::with([("up", upstream.url())]).start().await;

@@ -252,7 +252,8 @@ pub(super) fn gather(into: &mut BytesMut, more: &[u8], limit: usize) {
 
 /// How the body is encoded. We accept nothing but it as it is.
 fn coding_of(headers: &HeaderMap) -> Option<&HeaderValue> {
-    headers.get_all(CONTENT_ENCODING).iter().find(|v| !v.as_bytes().eq_ignore_ascii_case(b"identity"))
+    let is_plain = |value: &[u8]| value.is_empty() || value.eq_ignore_ascii_case(b"identity");
+    headers.get_all(CONTENT_ENCODING).iter().find(|value| !is_plain(value.as_bytes().trim_ascii()))
 }
 
 /// The headers every POST has.
