@@ -116,6 +116,17 @@ impl<C: Connection> Link<C> {
         outcome.map_err(|failure| self.error(&failure))
     }
 
+    /// The connection, if there is one.
+    #[cfg(feature = "client")]
+    pub(crate) fn current(&self) -> Option<Arc<C>> {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        match &*state {
+            State::Up { connection, .. } => Some(connection.clone()),
+            _ => None,
+        }
+    }
+
     /// Forgets `connection`, so that the next caller makes a new one at once.
     #[cfg(feature = "client")]
     pub(crate) fn discard(&self, connection: &Arc<C>) {

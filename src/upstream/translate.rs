@@ -7,6 +7,8 @@ use futures_util::stream;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
+#[cfg(feature = "client")]
+use crate::error::InvalidParams;
 use crate::{
     identity::Client,
     protocol::{
@@ -57,6 +59,25 @@ pub(crate) fn legacy_params(request: &McpRequest) -> Params {
         _ => {}
     }
     params
+}
+
+/// The same, of a request that a client may have made up: a legacy upstream gave out no state, and has no questions
+/// that the answers in it could be to.
+#[cfg(feature = "client")]
+pub(crate) fn checked_legacy_params(request: &McpRequest) -> Result<Params, InvalidParams> {
+    let mut params = legacy_params(request);
+    match params.get("requestState") {
+        None => {}
+        Some("null") => params.object_mut().remove("requestState"),
+        Some(_) => {
+            let message = "`requestState` is not known here or has expired: call again without it";
+            return Err(InvalidParams(message.into()));
+        }
+    }
+    if params.get("inputResponses").is_some() {
+        params.object_mut().remove("inputResponses");
+    }
+    Ok(params)
 }
 
 /// The params of `initialize` for a session on behalf of `client`.
@@ -147,5 +168,22 @@ mod tests {
         assert_eq!(params.as_str(), r#"{"_meta":{"progressToken":7},"name":"a"}"#);
         let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28" });
         assert_eq!(legacy_params(&request(json!({ "name": "a", "_meta": m }))).as_str(), r#"{"name":"a"}"#);
+    }
+
+    #[test]
+    #[cfg(feature = "client")]
+    fn a_state_that_nobody_gave_out_is_refused() {
+        let forged = request(json!({ "name": "a", "requestState": "s", "inputResponses": {} }));
+        let error = checked_legacy_params(&forged).unwrap_err();
+        assert!(error.to_string().starts_with("`requestState` is not known here"), "{error}");
+        for odd in [
+            json!({ "name": "a", "inputResponses": { "q": {} } }),
+            json!({ "name": "a", "requestState": null }),
+        ] {
+            assert_eq!(checked_legacy_params(&request(odd)).unwrap().as_str(), r#"{"name":"a"}"#);
+        }
+        let text = r#"{ "name":"a", "x":1e400 }"#;
+        let plain = McpRequest::new(Method::ToolsCall, Params::parse(text.into()).unwrap());
+        assert_eq!(checked_legacy_params(&plain).unwrap().as_str(), text);
     }
 }

@@ -27,3 +27,7 @@ mod stage;
 mod support;
 #[cfg(feature = "daemon")]
 mod upstream;
+#[cfg(feature = "daemon")]
+mod upstream_limits;
+#[cfg(feature = "daemon")]
+mod upstream_streams;
