@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
 use crate::{
+    error::InvalidParams,
     identity::Client,
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, Method, Notification, Params, Payload, ProtocolVersion,
@@ -58,6 +59,21 @@ pub(crate) fn legacy_params(request: &McpRequest) -> Params {
         _ => {}
     }
     params
+}
+
+/// The same for a request that a client sent. To ask in several rounds is of the modern era: a legacy upstream never gave
+/// out a state, and whoever brings one has it from somewhere else.
+pub(crate) fn checked_legacy_params(request: &McpRequest) -> Result<Params, InvalidParams> {
+    if request.params().get("requestState").is_some() {
+        return Err(InvalidParams(
+            "`requestState` is not known here or has expired: call again without it".into(),
+        ));
+    }
+    let mut params = legacy_params(request);
+    if params.get("inputResponses").is_some() {
+        params.object_mut().remove("inputResponses");
+    }
+    Ok(params)
 }
 
 /// The params of `initialize` for a session on behalf of `client`.
@@ -189,6 +205,14 @@ mod tests {
         assert_eq!(params.as_str(), r#"{"_meta":{"progressToken":7},"name":"a"}"#);
         let m = json!({ meta::PROTOCOL_VERSION: "2026-07-28" });
         assert_eq!(legacy_params(&request(json!({ "name": "a", "_meta": m }))).as_str(), r#"{"name":"a"}"#);
+    }
+
+    #[test]
+    fn a_legacy_upstream_gets_no_state_and_no_answers() {
+        let params = json!({ "inputResponses": {}, "name": "a" });
+        assert_eq!(checked_legacy_params(&request(params)).unwrap().as_str(), r#"{"name":"a"}"#);
+        let error = checked_legacy_params(&request(json!({ "name": "a", "requestState": "x" }))).unwrap_err();
+        assert!(error.to_string().starts_with("`requestState` is not known here"), "{error}");
     }
 
     #[test]
