@@ -1,7 +1,7 @@
 //! HTTP+SSE, the transport of 2024-11-05: one stream for all that comes, a POST for each message that goes.
 //!
 //! That is a pair of byte streams in disguise, so the messages are pumped through a pipe to the client that speaks on
-//! pipes.
+//! pipes. Each stream is a session, so each client session has one of its own.
 
 use std::{
     fmt,
@@ -14,22 +14,24 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method as HttpMethod, Uri, header::ACCEPT};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream},
+    runtime::Handle,
     task::JoinSet,
 };
 use tower::Service;
 
 use super::{
     HANDSHAKE, MESSAGE_LIMIT, Spec,
+    legacy::MOST_SESSIONS,
     sse::Events,
     wire::{Answer, Wire, post_headers, same_origin},
 };
 use crate::{
     BoxError,
-    error::{Fault, UpstreamError},
+    error::{Fault, Overloaded, UpstreamError},
     protocol::{Era, McpRequest, McpResponse, ServerName},
     upstream::{
-        lines::{self, Lines, Surroundings},
-        link::Link,
+        lines::{self, Lines, Owner, Place, Surroundings},
+        slots::Slots,
     },
 };
 
@@ -47,7 +49,9 @@ pub struct SseUpstream {
     name: ServerName,
     spec: Spec,
     wire: Arc<Wire>,
-    link: Arc<Link<Lines>>,
+    sessions: Arc<Slots<Place>>,
+    /// Where connections live, whoever asks first.
+    home: Option<Handle>,
 }
 
 impl SseUpstream {
@@ -55,7 +59,8 @@ impl SseUpstream {
     /// request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
-        SseUpstream { spec: Spec::new(url.into()), wire, link: Link::within(name.clone(), HANDSHAKE), name }
+        let (spec, sessions) = (Spec::new(url.into()), Arc::new(Slots::new(MOST_SESSIONS)));
+        SseUpstream { name, spec, wire, sessions, home: Handle::try_current().ok() }
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.
@@ -65,7 +70,7 @@ impl SseUpstream {
         self
     }
 
-    async fn connect(self) -> Result<Lines, UpstreamError> {
+    async fn connect(self, owner: Arc<Owner>) -> Result<Lines, UpstreamError> {
         let (uri, headers) = self.spec.resolve().map_err(|e| self.wire.error(Fault::Misconfigured, e))?;
         let mut get = headers.clone();
         get.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
@@ -93,7 +98,8 @@ impl SseUpstream {
         };
         let (read, write) = tokio::io::split(ours);
         let wire = lines::Wire::start(&self.name, read, write, around);
-        let opened = lines::open(&wire, Some(Era::Legacy)).await.map_err(|unopened| unopened.error)?;
+        let opened =
+            lines::open(&wire, Some(Era::Legacy), &owner).await.map_err(|unopened| unopened.error)?;
         Ok(Lines::new(wire, opened, pumping))
     }
 }
@@ -164,8 +170,15 @@ impl Service<McpRequest> for SseUpstream {
     fn call(&mut self, request: McpRequest) -> Self::Future {
         let upstream = self.clone();
         Box::pin(async move {
-            let lines = upstream.link.get(|| upstream.clone().connect()).await?;
-            Ok(lines.call(request).await?)
+            let caller = request.caller();
+            let place = upstream.sessions.get(caller, || {
+                let _there = upstream.home.as_ref().map(Handle::enter);
+                Place::within(&upstream.name, Owner::of(caller), HANDSHAKE)
+            });
+            match place {
+                Some(place) => place.call(request, |owner| upstream.clone().connect(owner)).await,
+                None => Err(Overloaded { limit: MOST_SESSIONS }.into()),
+            }
         })
     }
 }

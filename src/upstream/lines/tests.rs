@@ -74,9 +74,13 @@ fn wire_of(max_line: usize, pipe: usize) -> (Wire, Peer) {
 type Opening = JoinHandle<Result<(Wire, Opened), Unopened>>;
 
 fn probing(known: Option<Era>) -> (Opening, Peer) {
+    probing_for(known, Owner::everybody())
+}
+
+fn probing_for(known: Option<Era>, owner: Arc<Owner>) -> (Opening, Peer) {
     let (wire, peer) = wire(MAX_LINE);
     let opening = tokio::spawn(async move {
-        let opened = open(&wire, known).await?;
+        let opened = open(&wire, known, &owner).await?;
         Ok((wire, opened))
     });
     (opening, peer)
@@ -106,7 +110,12 @@ fn with_token(token: &str) -> McpRequest {
 }
 
 fn call(lines: &Arc<Lines>, request: McpRequest) -> JoinHandle<Result<McpResponse, UpstreamError>> {
-    tokio::spawn(lines.clone().call(request))
+    let lines = lines.clone();
+    tokio::spawn(async move { lines.call(request).await.map_err(known) })
+}
+
+fn known(error: BoxError) -> UpstreamError {
+    *error.downcast().expect("an upstream's error")
 }
 
 fn json_of(response: McpResponse) -> Bytes {
