@@ -461,6 +461,17 @@ impl Calls {
         UpstreamError::new(&self.upstream, end.fault, &*end.reason)
     }
 
+    #[cfg(test)]
+    pub(super) fn open_questions(&self) -> usize {
+        self.lock().questions.open()
+    }
+
+    /// How many notifications wait to be read.
+    #[cfg(test)]
+    pub(super) fn unread(&self) -> usize {
+        self.lock().calls.values().map(|entry| entry.unread.count.load(Ordering::Relaxed)).sum()
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

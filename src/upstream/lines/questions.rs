@@ -136,7 +136,7 @@ impl Questions {
     }
 
     #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
+    pub(super) fn open(&self) -> usize {
         self.open.len()
     }
 }
