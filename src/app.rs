@@ -170,7 +170,7 @@ impl App {
         for server in snapshot.enabled() {
             if applied.records.get(&server.name).is_none_or(|before| before.spec != server.spec) {
                 let client = Client::of(server);
-                let service = stack::upstream(client.service, &server.spec);
+                let service = stack::upstream(server.name.clone(), client.service, &server.spec);
                 self.shared.gateway.put(server.name.clone(), service);
                 applied.children.remove(&server.name);
                 applied.children.extend(client.child.map(|child| (server.name.clone(), child)));

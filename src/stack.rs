@@ -26,7 +26,8 @@ use crate::{
     layers::{
         AccessLayer, AccessRules, ConcurrencyLayer, PaginateLayer, RescueLayer, TimeoutLayer, TraceLayer,
     },
-    upstream::UpstreamSpec,
+    protocol::ServerName,
+    upstream::{ParkLayer, UpstreamSpec},
 };
 
 /// Where a foreign layer enters the edge.
@@ -99,13 +100,15 @@ impl Stack {
 }
 
 /// The stack of one upstream: once per request that reaches it, read from the outside in.
-pub fn upstream(client: impl McpService, spec: &UpstreamSpec) -> BoxMcpService {
+pub fn upstream(name: ServerName, client: impl McpService, spec: &UpstreamSpec) -> BoxMcpService {
     ServiceBuilder::new()
         // A slow upstream fills its own cap and no other; outside the timeout, so that a permit is held no longer
         // than that.
         .layer(ConcurrencyLayer::new(spec.concurrency))
-        // Around the client alone: what it measures is the upstream.
+        // What it measures is the upstream.
         .layer(TimeoutLayer::new(spec.timeout))
+        // Inside of both: a call that waits for its client's answer is not under way, and has no deadline but its own.
+        .layer(ParkLayer::new(name))
         .service(client)
         .boxed_mcp()
 }

@@ -84,6 +84,11 @@ impl<S: McpService> Caller<S> {
         Answer(tokio::spawn(async move { answer.await.map_err(Into::into) }))
     }
 
+    /// The service.
+    pub fn service(&self) -> &S {
+        &self.service
+    }
+
     /// Asks for readiness once.
     pub fn poll_ready(&mut self) -> Poll<Result<(), BoxError>> {
         let mut cx = Context::from_waker(std::task::Waker::noop());

@@ -174,18 +174,17 @@ impl Updates {
     }
 }
 
-/// What each upstream says to this client without being asked. None is waited for: the stream begins at once, and
-/// each upstream's part when it can.
+/// What each upstream says to this client, and asks it, without being asked. None is waited for: the stream begins at
+/// once, and each upstream's part when it can.
 fn unsolicited(view: &View, request: &McpRequest) -> Vec<FrameStream> {
     if request.extensions().get::<Unsolicited>().is_none() {
         return Vec::new();
     }
     let told = |frame| {
         future::ready(match frame {
-            Ok(Frame::Notification(n)) if n.method != Method::Acknowledged => {
-                Some(Ok(Frame::Notification(n)))
-            }
-            _ => None,
+            Ok(Frame::Notification(n)) if n.method == Method::Acknowledged => None,
+            Ok(frame @ (Frame::Notification(_) | Frame::Request(_))) => Some(Ok(frame)),
+            Ok(Frame::Final(_)) | Err(_) => None,
         })
     };
     let open = |service: BoxMcpService| -> FrameStream {

@@ -30,6 +30,7 @@ mod response;
 mod result_type;
 mod route;
 mod rpc;
+mod sign;
 mod version;
 
 pub use cursor::{Cursor, InvalidCursor};
@@ -47,6 +48,7 @@ pub use response::{HttpHint, McpResponse, Payload};
 pub use result_type::ResultType;
 pub use route::Route;
 pub use rpc::{RpcError, code};
+pub use sign::{sign_question, sign_result};
 pub use version::{Era, ProtocolVersion};
 
 /// The `_meta` keys that the specification reserves for a request's context (MCP 2026-07-28, basic, `_meta`).

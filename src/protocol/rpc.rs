@@ -22,6 +22,8 @@ pub mod code {
     pub const INTERNAL_ERROR: i64 = -32603;
     /// Legacy era only: no such resource. The modern era says [`INVALID_PARAMS`].
     pub const LEGACY_RESOURCE_NOT_FOUND: i64 = -32002;
+    /// Legacy era only: URLs must be visited first. The modern era has a result for that.
+    pub const LEGACY_URL_ELICITATION_REQUIRED: i64 = -32042;
     /// A header does not say what the body says.
     pub const HEADER_MISMATCH: i64 = -32020;
     /// The upstream needs something the client did not declare.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// No handshake takes longer: the slowest are programs that are downloaded first.
-const ATTEMPT: Duration = Duration::from_secs(45);
+pub(crate) const ATTEMPT: Duration = Duration::from_secs(45);
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A connection that lived this long was a good one: its end is no reason to wait.
@@ -137,8 +137,10 @@ impl<C: Connection> Link<C> {
 
     /// The connection, if there is one.
     pub(crate) fn current(&self) -> Option<Arc<C>> {
-        match &*self.lock() {
-            State::Up { connection, .. } if !connection.is_closed() => Some(connection.clone()),
+        let mut state = self.lock();
+        self.settle(&mut state);
+        match &*state {
+            State::Up { connection, .. } => Some(connection.clone()),
             _ => None,
         }
     }

@@ -15,6 +15,7 @@ mod http;
 mod lines;
 #[cfg(any(feature = "client", feature = "peer"))]
 mod link;
+mod park;
 #[cfg(feature = "peer")]
 pub mod peer;
 pub mod secret;
@@ -28,6 +29,7 @@ mod translate;
 
 #[cfg(feature = "client")]
 pub use http::{HttpUpstream, SseUpstream};
+pub use park::{Park, ParkFuture, ParkLayer};
 #[cfg(feature = "peer")]
 pub use peer::PeerUpstream;
 pub use spec::{Isolation, Transport, UpstreamSpec};

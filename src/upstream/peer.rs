@@ -60,7 +60,7 @@ use crate::{
     error::{Fault, UpstreamError},
     protocol::{
         Era, Frame, ListenFilter, McpRequest, McpResponse, Method, Notification, Params, Payload,
-        ProtocolVersion, RawObject, RequestId, RpcError, ServerName, Unsolicited, code, meta,
+        ProtocolVersion, RawObject, RequestId, RpcError, ServerName, Unsolicited, code, meta, sign_result,
     },
 };
 
@@ -98,7 +98,7 @@ impl PeerUpstream {
                 }
             })
         });
-        let place = Place::new(&name, Owner::everybody());
+        let place = Place::new(&name, Arc::new(Owner::everybody()));
         let served = Served { place, serve, era: Arc::default() };
         PeerUpstream { name, way: Way::Served(Arc::new(served)) }
     }
@@ -257,7 +257,7 @@ impl Foreign {
             Ok(result) => {
                 let result = Payload::Raw(result);
                 Ok(McpResponse::new(match era {
-                    Era::Modern => translate::sign_result(&self.name, result),
+                    Era::Modern => sign_result(&self.name, result),
                     Era::Legacy => result,
                 }))
             }

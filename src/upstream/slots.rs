@@ -78,6 +78,11 @@ impl<T: Send + Sync + 'static> Slots<T> {
         Some(value)
     }
 
+    /// The caller's, if there is one.
+    pub(crate) fn find(&self, caller: &Caller) -> Option<Arc<T>> {
+        self.shared.lock().slots.get(&AffinityKey::of(caller)).map(|slot| slot.value.clone())
+    }
+
     /// How many there are.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
@@ -140,8 +145,10 @@ mod tests {
     async fn a_session_takes_its_slot_along() {
         let slots = Slots::new(10);
         let (caller, token) = of_session();
+        assert!(slots.find(&caller).is_none());
         let value = slots.get(&caller, || 1).unwrap();
         assert!(Arc::ptr_eq(&value, &slots.get(&caller, || 2).unwrap()));
+        assert!(Arc::ptr_eq(&value, &slots.find(&caller).unwrap()));
         drop((caller, token));
         assert_eq!((slots.len(), Arc::strong_count(&value)), (0, 1));
     }

@@ -11,8 +11,7 @@ use crate::{
     error::InvalidParams,
     identity::Client,
     protocol::{
-        Frame, FrameStream, ListenFilter, McpRequest, Method, Notification, Params, Payload, ProtocolVersion,
-        RawObject, ResultType, ServerName, meta,
+        Frame, FrameStream, ListenFilter, McpRequest, Notification, Params, ProtocolVersion, RawObject, meta,
     },
 };
 
@@ -61,15 +60,18 @@ pub(crate) fn legacy_params(request: &McpRequest) -> Params {
     params
 }
 
-/// The same for a request that a client sent. To ask in several rounds is of the modern era: a legacy upstream never gave
-/// out a state, and whoever brings one has it from somewhere else.
+/// The same, of a request that a client may have made up: a legacy upstream gave out no state, and has no questions
+/// that the answers in it could be to.
 pub(crate) fn checked_legacy_params(request: &McpRequest) -> Result<Params, InvalidParams> {
-    if request.params().get("requestState").is_some() {
-        return Err(InvalidParams(
-            "`requestState` is not known here or has expired: call again without it".into(),
-        ));
-    }
     let mut params = legacy_params(request);
+    match params.get("requestState") {
+        None => {}
+        Some("null") => params.object_mut().remove("requestState"),
+        Some(_) => {
+            let message = "`requestState` is not known here or has expired: call again without it";
+            return Err(InvalidParams(message.into()));
+        }
+    }
     if params.get("inputResponses").is_some() {
         params.object_mut().remove("inputResponses");
     }
@@ -128,48 +130,6 @@ pub(crate) fn listen_stream(
     Box::pin(stream::iter([Ok(first)]).chain(rest))
 }
 
-/// A question on its way to a client, in the name of who asks: the person who answers an elicitation must know which
-/// server that is (MCP 2025-11-25, elicitation, security considerations). The client sees one server, us.
-pub(crate) fn sign_question(upstream: &ServerName, method: &Method, mut params: Params) -> Params {
-    if *method == Method::Elicit {
-        let message = params.get_string("message").unwrap_or_default();
-        let signed = Value::from(format!("[{upstream}] {message}")).to_string();
-        params.object_mut().set("message", signed);
-    }
-    params
-}
-
-/// A modern upstream's result, its questions in its name.
-pub(crate) fn sign_result(upstream: &ServerName, payload: Payload) -> Payload {
-    match (ResultType::of(&payload), &payload) {
-        (ResultType::InputRequired, Payload::Raw(json)) => match sign_questions(upstream, json.clone()) {
-            Some(signed) => Payload::Raw(signed),
-            None => payload,
-        },
-        _ => payload,
-    }
-}
-
-fn sign_questions(upstream: &ServerName, result: Bytes) -> Option<Bytes> {
-    let mut result = RawObject::parse(result).ok()?;
-    let mut questions = result.get_object("inputRequests")?;
-    let read: Vec<(String, RawObject)> = questions
-        .iter()
-        .filter_map(|(key, question)| {
-            Some((key.to_owned(), RawObject::parse(question.to_owned().into()).ok()?))
-        })
-        .collect();
-    for (key, mut question) in read {
-        let method = Method::from(&*question.get_string("method")?);
-        if let Some(params) = question.get_bytes("params").and_then(|params| Params::parse(params).ok()) {
-            question.set("params", sign_question(upstream, &method, params).as_str());
-            questions.set(&key, question.as_str());
-        }
-    }
-    result.set("inputRequests", questions.as_str());
-    Some(result.into_bytes())
-}
-
 /// JSON bytes that were text before.
 pub(crate) fn text(json: &Bytes) -> &str {
     std::str::from_utf8(json).expect("JSON that was parsed is UTF-8")
@@ -178,6 +138,7 @@ pub(crate) fn text(json: &Bytes) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Method;
 
     fn request(params: Value) -> McpRequest {
         McpRequest::new(Method::ToolsCall, Params::from_value(&params))
@@ -208,19 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn a_legacy_upstream_gets_no_state_and_no_answers() {
-        let params = json!({ "inputResponses": {}, "name": "a" });
-        assert_eq!(checked_legacy_params(&request(params)).unwrap().as_str(), r#"{"name":"a"}"#);
-        let error = checked_legacy_params(&request(json!({ "name": "a", "requestState": "x" }))).unwrap_err();
+    fn a_state_that_nobody_gave_out_is_refused() {
+        let forged = request(json!({ "name": "a", "requestState": "s", "inputResponses": {} }));
+        let error = checked_legacy_params(&forged).unwrap_err();
         assert!(error.to_string().starts_with("`requestState` is not known here"), "{error}");
-    }
-
-    #[test]
-    fn whoever_asks_a_person_is_named() {
-        let result = r#"{"x":1e400,"resultType":"input_required","inputRequests":{"a":{"method":"elicitation/create","params":{"message":"Which?"}},"b":{"method":"roots/list"}}}"#;
-        let Payload::Raw(signed) = sign_result(&"files".parse().unwrap(), Payload::Raw(result.into())) else {
-            panic!()
-        };
-        assert_eq!(text(&signed), result.replace("Which?", "[files] Which?"));
+        for odd in [
+            json!({ "name": "a", "inputResponses": { "q": {} } }),
+            json!({ "name": "a", "requestState": null }),
+        ] {
+            assert_eq!(checked_legacy_params(&request(odd)).unwrap().as_str(), r#"{"name":"a"}"#);
+        }
+        let text = r#"{ "name":"a", "x":1e400 }"#;
+        let plain = McpRequest::new(Method::ToolsCall, Params::parse(text.into()).unwrap());
+        assert_eq!(checked_legacy_params(&plain).unwrap().as_str(), text);
     }
 }

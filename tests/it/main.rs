@@ -16,6 +16,8 @@ mod legacy;
 #[cfg(feature = "daemon")]
 mod modern;
 #[cfg(feature = "daemon")]
+mod parked;
+#[cfg(feature = "daemon")]
 mod rmcp_client;
 #[cfg(feature = "daemon")]
 mod sse_upstream;

@@ -38,6 +38,7 @@ use crate::{
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Message, Method, Notification, Params,
         Payload, RawObject, Reply, RequestId, RpcError, ServerName, ServerRequest, Unsolicited, code,
+        sign_question,
     },
     upstream::{
         link::{Connection, Link},
@@ -703,7 +704,7 @@ impl Reader {
 
     /// A question on its way to the client. Its answer goes back to this session, whatever becomes of the stream.
     fn question(&self, id: RequestId, method: Method, params: Params) -> ServerRequest {
-        let params = translate::sign_question(self.session.wire.upstream(), &method, params);
+        let params = sign_question(self.session.wire.upstream(), &method, params);
         let (reply, answer) = Reply::new();
         let session = self.session.clone();
         tokio::spawn(async move {

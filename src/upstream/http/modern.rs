@@ -17,7 +17,7 @@ use crate::{
     protocol::{
         Frame, FrameStream, HttpHint, McpRequest, McpResponse, Message, Method, MirroredHeaders,
         Notification, ParamHeaders, Params, Payload, ProtocolVersion, RawObject, RequestId, Route,
-        Unsolicited, encode_header,
+        Unsolicited, encode_header, sign_result,
     },
     upstream::translate,
 };
@@ -121,7 +121,7 @@ fn add_param_headers(headers: &mut HeaderMap, request: &McpRequest) {
 fn response(shared: &Shared, body: bytes::Bytes, id: &RequestId) -> Result<Payload, UpstreamError> {
     match Message::parse_response(body, id) {
         Ok(Message::Response { id: answered, payload }) if answers(&answered, &payload, id) => {
-            Ok(translate::sign_result(shared.wire.upstream(), payload))
+            Ok(sign_result(shared.wire.upstream(), payload))
         }
         Ok(_) => Err(shared.wire.error(Fault::Garbled, "an answer to something else")),
         Err(e) => Err(shared.wire.error(Fault::Garbled, e)),
@@ -174,7 +174,7 @@ impl Reader {
                     return Ok(Frame::Notification(Notification { method, params }));
                 }
                 Ok(Message::Response { id, payload }) if answers(&id, &payload, &self.id) => {
-                    return Ok(Frame::Final(translate::sign_result(wire.upstream(), payload)));
+                    return Ok(Frame::Final(sign_result(wire.upstream(), payload)));
                 }
                 Ok(Message::Response { .. }) => {
                     return Err(wire.error(Fault::Garbled, "an answer to something else"));

@@ -14,7 +14,6 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method as HttpMethod, Uri, header::ACCEPT};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream},
-    runtime::Handle,
     task::JoinSet,
 };
 use tower::Service;
@@ -27,12 +26,9 @@ use super::{
 };
 use crate::{
     BoxError,
-    error::{Fault, Overloaded, UpstreamError},
+    error::{Fault, UpstreamError},
     protocol::{Era, McpRequest, McpResponse, ServerName},
-    upstream::{
-        lines::{self, Lines, Owner, Place, Surroundings},
-        slots::Slots,
-    },
+    upstream::lines::{self, Lines, Owner, Places, Surroundings},
 };
 
 /// How much may wait in the pipe.
@@ -49,9 +45,7 @@ pub struct SseUpstream {
     name: ServerName,
     spec: Spec,
     wire: Arc<Wire>,
-    sessions: Arc<Slots<Place>>,
-    /// Where connections live, whoever asks first.
-    home: Option<Handle>,
+    sessions: Arc<Places>,
 }
 
 impl SseUpstream {
@@ -59,8 +53,8 @@ impl SseUpstream {
     /// request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
-        let (spec, sessions) = (Spec::new(url.into()), Arc::new(Slots::new(MOST_SESSIONS)));
-        SseUpstream { name, spec, wire, sessions, home: Handle::try_current().ok() }
+        let sessions = Arc::new(Places::new(name.clone(), MOST_SESSIONS, HANDSHAKE));
+        SseUpstream { name, spec: Spec::new(url.into()), wire, sessions }
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.
@@ -169,17 +163,9 @@ impl Service<McpRequest> for SseUpstream {
 
     fn call(&mut self, request: McpRequest) -> Self::Future {
         let upstream = self.clone();
-        Box::pin(async move {
-            let caller = request.caller();
-            let place = upstream.sessions.get(caller, || {
-                let _there = upstream.home.as_ref().map(Handle::enter);
-                Place::within(&upstream.name, Owner::of(caller), HANDSHAKE)
-            });
-            match place {
-                Some(place) => place.call(request, |owner| upstream.clone().connect(owner)).await,
-                None => Err(Overloaded { limit: MOST_SESSIONS }.into()),
-            }
-        })
+        Box::pin(
+            async move { upstream.sessions.call(request, |owner| upstream.clone().connect(owner)).await },
+        )
     }
 }
 

@@ -41,9 +41,12 @@ use crate::{
     identity::Affinity,
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Method, Params, Payload, ProtocolVersion,
-        RawObject, ServerName,
+        RawObject, ServerName, sign_result,
     },
 };
+
+#[cfg(feature = "client")]
+pub(crate) use self::place::Places;
 
 /// The longest line that is read unless somebody says otherwise.
 pub(crate) const MAX_LINE: usize = 16 * 1024 * 1024;
@@ -217,7 +220,7 @@ async fn respond(
     sign: Option<ServerName>,
 ) -> Result<McpResponse, UpstreamError> {
     let signed = move |payload| match &sign {
-        Some(upstream) => translate::sign_result(upstream, payload),
+        Some(upstream) => sign_result(upstream, payload),
         None => payload,
     };
     let first = match ticket.next().await? {

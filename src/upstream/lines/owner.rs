@@ -1,6 +1,6 @@
 //! Whose a connection is: what a legacy peer is told of its client, and where that client is reached outside of calls.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -36,14 +36,14 @@ pub(crate) struct Owner {
 
 impl Owner {
     /// For a connection that everybody shares.
-    pub(crate) fn everybody() -> Arc<Self> {
+    pub(crate) fn everybody() -> Self {
         Owner::new(Whose::Everybody, Client::gateway())
     }
 
     /// For a connection that belongs to this caller, and those with the same [key](crate::identity::AffinityKey). It
     /// holds nothing of the caller that would keep a session alive.
     #[cfg(feature = "client")]
-    pub(crate) fn of(caller: &Caller) -> Arc<Self> {
+    pub(crate) fn of(caller: &Caller) -> Self {
         match caller.affinity {
             Affinity::Shared => {
                 let capabilities = caller.client.abilities().to_value().to_string().into();
@@ -56,8 +56,8 @@ impl Owner {
         }
     }
 
-    fn new(whose: Whose, client: Client) -> Arc<Self> {
-        Arc::new(Owner { whose, client, aside: Aside::default() })
+    fn new(whose: Whose, client: Client) -> Self {
+        Owner { whose, client, aside: Aside::default() }
     }
 
     pub(super) fn whose(&self) -> Whose {

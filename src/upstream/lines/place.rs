@@ -1,6 +1,11 @@
-//! Where one connection after another stands, made when it is needed.
+//! Where one connection after another stands, made when it is needed; and many such places, each client's its own.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+#[cfg(feature = "client")]
+use std::time::Duration;
+
+#[cfg(feature = "client")]
+use tokio::runtime::Handle;
 
 use super::{Lines, Owner};
 use crate::{
@@ -9,6 +14,8 @@ use crate::{
     protocol::{McpRequest, McpResponse, Payload, ServerName, Unsolicited},
     upstream::link::Link,
 };
+#[cfg(feature = "client")]
+use crate::{error::Overloaded, upstream::slots::Slots};
 
 /// At most one connection, and whose it is.
 pub(crate) struct Place {
@@ -22,9 +29,8 @@ impl Place {
         Place { link: Link::new(upstream.clone()), owner }
     }
 
-    /// The same, with a limit for each attempt to connect.
     #[cfg(feature = "client")]
-    pub(crate) fn within(upstream: &ServerName, owner: Arc<Owner>, limit: Duration) -> Self {
+    fn within(upstream: &ServerName, owner: Arc<Owner>, limit: Duration) -> Self {
         Place { link: Link::within(upstream.clone(), limit), owner }
     }
 
@@ -40,7 +46,7 @@ impl Place {
         if request.extensions().get::<Unsolicited>().is_some() {
             return Ok(McpResponse::new(Payload::Stream(self.owner.listen())));
         }
-        if request.id().is_none() && request.method().is_notification() {
+        if is_told(&request) {
             // A peer that does not run has nothing to be told: it will learn everything when it is asked something.
             return match self.link.current() {
                 Some(lines) => lines.call(request).await,
@@ -55,5 +61,73 @@ impl Place {
             self.link.discard(&lines);
         }
         answer
+    }
+}
+
+fn is_told(request: &McpRequest) -> bool {
+    request.id().is_none() && request.method().is_notification()
+}
+
+/// A place for each client session, or for those who share one.
+#[cfg(feature = "client")]
+pub(crate) struct Places {
+    upstream: ServerName,
+    limit: Duration,
+    most: usize,
+    /// The owners of places, and of those that are not needed yet: whoever only listens needs none.
+    owners: Slots<Owner>,
+    places: Slots<Place>,
+    /// Where connections live, whoever asks first.
+    home: Option<Handle>,
+}
+
+/// Owners of places at one upstream. The door allows no more clients than this.
+#[cfg(feature = "client")]
+const MOST_OWNERS: usize = 65_536;
+
+#[cfg(feature = "client")]
+impl Places {
+    /// At most so many, each of whose attempts to connect may take so long.
+    pub(crate) fn new(upstream: ServerName, most: usize, limit: Duration) -> Self {
+        let (owners, places) = (Slots::new(MOST_OWNERS), Slots::new(most));
+        Places { upstream, limit, most, owners, places, home: Handle::try_current().ok() }
+    }
+
+    /// Answers over the caller's own connection.
+    pub(crate) async fn call<Fut>(
+        &self,
+        request: McpRequest,
+        connect: impl FnOnce(Arc<Owner>) -> Fut,
+    ) -> Result<McpResponse, BoxError>
+    where
+        Fut: Future<Output = Result<Lines, UpstreamError>> + Send + 'static,
+    {
+        let caller = request.caller();
+        if is_told(&request) {
+            return match self.places.find(caller) {
+                Some(place) => place.call(request, connect).await,
+                None => Ok(McpResponse::raw("{}")),
+            };
+        }
+        let Some(owner) = self.owners.get(caller, || Owner::of(caller)) else {
+            return Err(Overloaded { limit: MOST_OWNERS }.into());
+        };
+        if request.extensions().get::<Unsolicited>().is_some() {
+            return Ok(McpResponse::new(Payload::Stream(owner.listen())));
+        }
+        let place = self.places.get(caller, || {
+            let _there = self.home.as_ref().map(Handle::enter);
+            Place::within(&self.upstream, owner, self.limit)
+        });
+        match place {
+            Some(place) => place.call(request, connect).await,
+            None => Err(Overloaded { limit: self.most }.into()),
+        }
+    }
+
+    /// How many there are.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.places.len()
     }
 }

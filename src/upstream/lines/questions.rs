@@ -19,9 +19,8 @@ use super::{
     calls::{Calls, State},
     owner::{Owner, Whose},
 };
-use crate::{
-    protocol::{Method, Params, Payload, Reply, RequestId, RpcError, ServerRequest, code},
-    upstream::translate,
+use crate::protocol::{
+    Method, Params, Payload, Reply, RequestId, RpcError, ServerRequest, code, sign_question,
 };
 
 /// Questions of one connection that nobody has answered yet.
@@ -169,7 +168,7 @@ impl Calls {
         let mut state = self.lock();
         match admit(&mut state.questions, &id, &method, &params, size) {
             Ok(Some(owner)) => {
-                let params = translate::sign_question(self.upstream(), &method, params);
+                let params = sign_question(self.upstream(), &method, params);
                 let question = Question { id, method, params };
                 // Now, and not in the task: what is under way at this moment is what counts.
                 let first = ask(&mut state, &owner, &question);

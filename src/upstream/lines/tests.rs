@@ -75,7 +75,7 @@ fn wire_of(max_line: usize, pipe: usize) -> (Wire, Peer) {
 type Opening = JoinHandle<Result<(Wire, Opened), Unopened>>;
 
 fn probing(known: Option<Era>) -> (Opening, Peer) {
-    probing_for(known, Owner::everybody())
+    probing_for(known, Arc::new(Owner::everybody()))
 }
 
 fn probing_for(known: Option<Era>, owner: Arc<Owner>) -> (Opening, Peer) {
@@ -477,7 +477,7 @@ fn modern_client() -> Arc<Caller> {
 }
 
 async fn legacy_of(caller: &Caller) -> (Arc<Lines>, Peer) {
-    let (opening, mut peer) = probing_for(Some(Era::Legacy), Owner::of(caller));
+    let (opening, mut peer) = probing_for(Some(Era::Legacy), Arc::new(Owner::of(caller)));
     let initialize = peer.expect("initialize").await;
     assert_eq!(initialize["params"]["capabilities"], json!({ "elicitation": declared(caller), "roots": {} }));
     let own = matches!(caller.affinity, Affinity::Session(_));
@@ -767,7 +767,7 @@ async fn nothing_is_left_of_a_connection_that_ends_with_open_questions() {
 async fn the_level_of_the_one_client_is_followed_and_that_of_several_is_not() {
     const LOGS: &str = r#"{"protocolVersion":"2025-06-18","capabilities":{"logging":{}}}"#;
     for (caller, followed) in [(legacy_client().0, true), (modern_client(), false)] {
-        let (opening, mut peer) = probing_for(Some(Era::Legacy), Owner::of(&caller));
+        let (opening, mut peer) = probing_for(Some(Era::Legacy), Arc::new(Owner::of(&caller)));
         let initialize = peer.expect("initialize").await;
         peer.answer(&initialize, LOGS).await;
         let Ok(Ok((wire, opened))) = opening.await else { panic!("it opens") };
@@ -792,7 +792,11 @@ async fn the_level_of_the_one_client_is_followed_and_that_of_several_is_not() {
 
 fn place(caller: &Caller) -> (Place, Arc<std::sync::Mutex<Option<Wire>>>, Peer) {
     let (wire, peer) = wire(MAX_LINE);
-    (Place::new(&"x".parse().unwrap(), Owner::of(caller)), Arc::new(std::sync::Mutex::new(Some(wire))), peer)
+    (
+        Place::new(&"x".parse().unwrap(), Arc::new(Owner::of(caller))),
+        Arc::new(std::sync::Mutex::new(Some(wire))),
+        peer,
+    )
 }
 
 #[tokio::test]
@@ -837,7 +841,7 @@ async fn a_client_that_listens_hears_what_its_own_peer_says_outside_of_calls() {
 
 #[tokio::test]
 async fn whoever_listens_to_a_shared_place_is_told_nothing_and_does_not_wait() {
-    let place = Place::new(&"x".parse().unwrap(), Owner::everybody());
+    let place = Place::new(&"x".parse().unwrap(), Arc::new(Owner::everybody()));
     let mut unsolicited = McpRequest::bare(Method::Listen);
     unsolicited.extensions_mut().insert(Unsolicited);
     let answer = place.call(unsolicited, |_| async { panic!("nobody connects") }).await.unwrap();

@@ -34,18 +34,18 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use tokio::{runtime::Handle, sync::watch, time::timeout};
+use tokio::{sync::watch, time::timeout};
 use tower::Service;
 
 use self::child::{Graces, Pipes, Process};
 use super::{
     Isolation, Transport,
-    lines::{self, Lines, Opened, Owner, Place, Surroundings, Unopened, Wire},
-    slots::Slots,
+    lines::{self, Lines, Opened, Owner, Place, Places, Surroundings, Unopened, Wire},
+    link::ATTEMPT,
 };
 use crate::{
     BoxError,
-    error::{Fault, Overloaded, UpstreamError},
+    error::{Fault, UpstreamError},
     identity::{AffinityKey, Caller},
     protocol::{Era, McpRequest, McpResponse, ServerName},
 };
@@ -146,9 +146,7 @@ struct Shared {
     /// must never be the one for which there is no room.
     common: Place,
     /// The children of those who have one of their own.
-    own: Slots<Place>,
-    /// Where children live, whoever asks first.
-    home: Option<Handle>,
+    own: Places,
     runner: Runner,
     closing: watch::Sender<bool>,
     living: watch::Sender<()>,
@@ -215,9 +213,8 @@ impl StdioUpstream {
         };
         let shared = Shared {
             isolation,
-            common: Place::new(&runner.upstream, owner),
-            own: Slots::new(MOST_CHILDREN),
-            home: Handle::try_current().ok(),
+            common: Place::new(&runner.upstream, Arc::new(owner)),
+            own: Places::new(runner.upstream.clone(), MOST_CHILDREN, ATTEMPT),
             runner,
             closing: watch::Sender::new(false),
             living: watch::Sender::new(()),
@@ -244,17 +241,9 @@ impl Shared {
             let closing = self.closing.subscribe();
             async move { runner.connect(owner, closing, alive).await }
         };
-        if self.isolation == Isolation::Shared || is_gateways_own(request.caller()) {
-            return self.common.call(request, connect).await;
-        }
-        let caller = request.caller();
-        let place = self.own.get(caller, || {
-            let _there = self.home.as_ref().map(Handle::enter);
-            Place::new(name, Owner::of(caller))
-        });
-        match place {
-            Some(place) => place.call(request, connect).await,
-            None => Err(Overloaded { limit: MOST_CHILDREN }.into()),
+        match self.isolation == Isolation::Shared || is_gateways_own(request.caller()) {
+            true => self.common.call(request, connect).await,
+            false => self.own.call(request, connect).await,
         }
     }
 }

@@ -153,7 +153,7 @@ impl Builder {
         let gateway = self.upstreams.iter().fold(builder, |builder, (name, spec)| {
             let name: portcullis::protocol::ServerName = name.parse().expect("a name");
             let client = HttpUpstream::new(name.clone(), spec.transport.to_string());
-            builder.upstream(name, stack::upstream(client, spec))
+            builder.upstream(name.clone(), stack::upstream(name, client, spec))
         });
         let gateway = gateway.build();
         if self.settled {
