@@ -135,6 +135,11 @@ impl<C: Connection> Link<C> {
         outcome.map_err(|failure| self.error(&failure))
     }
 
+    /// Whose connection it is.
+    pub(crate) fn upstream(&self) -> &ServerName {
+        &self.upstream
+    }
+
     /// The connection, if there is one.
     pub(crate) fn current(&self) -> Option<Arc<C>> {
         let mut state = self.lock();

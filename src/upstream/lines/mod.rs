@@ -127,16 +127,15 @@ impl Lines {
         if capabilities.get("logging").is_none() || calls.whose() != Some(Whose::One) {
             return Ok(());
         }
-        {
-            let mut current = self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
-            if current.as_ref() == Some(level) {
-                return Ok(());
-            }
-            *current = Some(level.clone());
+        let current = || self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
+        if current().as_ref() == Some(level) {
+            return Ok(());
         }
         let mut params = Params::default();
         params.object_mut().set("level", translate::text(level));
-        calls.tell(&Method::SetLevel, &params).await
+        calls.tell(&Method::SetLevel, &params).await?;
+        *current() = Some(level.clone());
+        Ok(())
     }
 
     async fn notify(&self, notification: &McpRequest) -> Result<McpResponse, UpstreamError> {

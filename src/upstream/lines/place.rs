@@ -6,6 +6,7 @@ use std::time::Duration;
 
 #[cfg(feature = "client")]
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use super::{Lines, Owner};
 use crate::{
@@ -21,17 +22,19 @@ use crate::{error::Overloaded, upstream::slots::Slots};
 pub(crate) struct Place {
     link: Arc<Link<Lines>>,
     owner: Arc<Owner>,
+    /// Dropped with the place.
+    wanted: watch::Sender<()>,
 }
 
 impl Place {
     /// Of a connection that is opened on behalf of `owner`.
     pub(crate) fn new(upstream: &ServerName, owner: Arc<Owner>) -> Self {
-        Place { link: Link::new(upstream.clone()), owner }
+        Place { link: Link::new(upstream.clone()), owner, wanted: watch::Sender::new(()) }
     }
 
     #[cfg(feature = "client")]
     fn within(upstream: &ServerName, owner: Arc<Owner>, limit: Duration) -> Self {
-        Place { link: Link::within(upstream.clone(), limit), owner }
+        Place { link: Link::within(upstream.clone(), limit), owner, wanted: watch::Sender::new(()) }
     }
 
     /// Answers over the connection, which `connect` makes when there is none and the request is worth it.
@@ -53,7 +56,7 @@ impl Place {
                 None => Ok(McpResponse::raw("{}")),
             };
         }
-        let lines = self.link.get(|| connect(self.owner.clone())).await?;
+        let lines = self.link.get(|| self.while_wanted(connect(self.owner.clone()))).await?;
         let answer = lines.clone().call(request).await;
         let too_large = |error: &UpstreamError| error.fault == Fault::TooLarge;
         if answer.as_ref().is_err_and(|error| error.downcast_ref().is_some_and(too_large)) {
@@ -61,6 +64,23 @@ impl Place {
             self.link.discard(&lines);
         }
         answer
+    }
+
+    /// An attempt outlives who asked for it, but not the place: else clients that come and go would leave a server that
+    /// hangs with ever more attempts.
+    fn while_wanted<Fut>(&self, attempt: Fut) -> impl Future<Output = Result<Lines, UpstreamError>> + use<Fut>
+    where
+        Fut: Future<Output = Result<Lines, UpstreamError>>,
+    {
+        let (mut wanted, upstream) = (self.wanted.subscribe(), self.link.upstream().clone());
+        async move {
+            tokio::select! {
+                outcome = attempt => outcome,
+                _ = wanted.changed() => {
+                    Err(UpstreamError::new(&upstream, Fault::Unreachable, "nobody wants it any more"))
+                }
+            }
+        }
     }
 }
 

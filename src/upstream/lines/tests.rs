@@ -840,6 +840,29 @@ async fn a_client_that_listens_hears_what_its_own_peer_says_outside_of_calls() {
 }
 
 #[tokio::test]
+async fn an_attempt_ends_with_its_place_and_not_with_who_asked() {
+    let (caller, _token) = legacy_client();
+    let (ended, mut over) = tokio::sync::mpsc::channel::<()>(1);
+    let place = Arc::new(Place::new(&"x".parse().unwrap(), Arc::new(Owner::of(&caller))));
+    let asking = tokio::spawn({
+        let place = place.clone();
+        async move {
+            let connect = |_| async move {
+                let _held = ended;
+                pending().await
+            };
+            place.call(echo(1), connect).await
+        }
+    });
+    tokio::task::yield_now().await;
+    asking.abort();
+    assert!(asking.await.is_err());
+    assert!(over.try_recv().is_err_and(|e| e == tokio::sync::mpsc::error::TryRecvError::Empty));
+    drop(place);
+    assert!(over.recv().await.is_none());
+}
+
+#[tokio::test]
 async fn whoever_listens_to_a_shared_place_is_told_nothing_and_does_not_wait() {
     let place = Place::new(&"x".parse().unwrap(), Arc::new(Owner::everybody()));
     let mut unsolicited = McpRequest::bare(Method::Listen);
@@ -1082,9 +1105,15 @@ async fn whoever_cannot_bear_the_question_is_to_be_started_again() {
 proptest::proptest! {
     #[test]
     fn nothing_that_comes_in_panics(lines in proptest::collection::vec(r#"[\[\]{}",:a-z0-9\\ e.\-]{0,60}"#, 0..8)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let _inside = runtime.enter();
         let (calls, _outbox) = Calls::new("x".parse().unwrap());
-        let _ticket = calls.register(Some(Bytes::from_static(b"1")), Kind::Plain).unwrap();
-        for line in lines {
+        calls.belong_to(Arc::new(Owner::of(&legacy_client().0)));
+        let ticket = calls.register(Some(Bytes::from_static(b"1")), Kind::Plain).unwrap();
+        calls.begin_to_write(ticket.id());
+        for (n, line) in lines.into_iter().enumerate() {
+            let asks = format!(r#"{{"jsonrpc":"2.0","id":{},"method":"roots/list","params":{line}}}"#, n % 3);
+            calls.receive(asks.into());
             calls.receive(line.into());
         }
     }
