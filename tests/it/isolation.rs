@@ -13,7 +13,7 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::RawQuery,
-    http::header,
+    http::{StatusCode, header},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
@@ -144,7 +144,7 @@ async fn clients_at_once_never_see_each_others_questions() {
             let call = client.request("tools/call", elicit(&own)).open().await;
             let mut seen = Vec::new();
             let result = converse(&client, call, &mut seen).await;
-            assert_eq!(seen, [own.clone()]);
+            assert!(seen.iter().eq([&own]), "{seen:?}");
             assert!(text(&result).contains(&own), "{result}");
         }
     });
@@ -410,7 +410,7 @@ fn sse_stream(streams: &Streams) -> Response {
     ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
 }
 
-fn sse_answer(streams: &Streams, session: u64, body: &[u8]) -> &'static str {
+fn sse_answer(streams: &Streams, session: u64, body: &[u8]) -> StatusCode {
     let message: Value = serde_json::from_slice(body).expect("messages are JSON");
     let say = |message: Value| {
         let _ = streams.lock().expect("no panic")[&session].send(message);
@@ -436,7 +436,8 @@ fn sse_answer(streams: &Streams, session: u64, body: &[u8]) -> &'static str {
             ask(json!("later"));
         }
         Some(_) => {}
-        None if message["id"] == "later" => {}
+        // It has forgotten that it asked.
+        None if message["id"] == "later" => return StatusCode::BAD_REQUEST,
         None => {
             let call = message["id"].as_str().and_then(|id| id.strip_prefix('q')?.parse::<u64>().ok());
             say(
@@ -444,7 +445,7 @@ fn sse_answer(streams: &Streams, session: u64, body: &[u8]) -> &'static str {
             );
         }
     }
-    "Accepted"
+    StatusCode::ACCEPTED
 }
 
 #[tokio::test]
@@ -522,6 +523,7 @@ async fn what_is_asked_outside_of_calls_reaches_the_session_that_listens() {
             }
         }
     }
+    assert_eq!(streams.lock().expect("no panic").len(), 3, "an answer that is refused ends no session");
 }
 
 /// The message that `META` is for stays one line, whatever a client puts between its tokens.

@@ -7,6 +7,7 @@ use std::{
     fmt,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,7 +15,9 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method as HttpMethod, Uri, header::ACCEPT};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream},
+    sync::oneshot,
     task::JoinSet,
+    time::timeout,
 };
 use tower::Service;
 
@@ -27,12 +30,16 @@ use super::{
 use crate::{
     BoxError,
     error::{Fault, UpstreamError},
-    protocol::{Era, McpRequest, McpResponse, ServerName},
+    protocol::{Era, McpRequest, McpResponse, Message, Method, ServerName},
     upstream::lines::{self, Lines, Owner, Places, Surroundings},
 };
 
 /// How much may wait in the pipe.
 const PIPE: usize = 64 * 1024;
+/// How many POSTs may be open. Further messages wait in the pipe.
+const MOST_POSTS: usize = 1024;
+/// How long what follows waits for the server to take what must come first.
+const FIRST_WITHIN: Duration = Duration::from_secs(2);
 
 /// An upstream behind the deprecated HTTP+SSE transport.
 ///
@@ -99,6 +106,7 @@ impl SseUpstream {
 }
 
 /// Both directions, until one of them ends.
+#[derive(Clone)]
 struct Pump {
     wire: Arc<Wire>,
     endpoint: Uri,
@@ -127,21 +135,53 @@ impl Pump {
                     Ok(None) => return "the stream ended".to_owned(),
                     Err(error) => return error.to_string(),
                 },
-                line = outgoing.next_line() => match line {
+                line = outgoing.next_line(), if posts.len() < MOST_POSTS => match line {
                     Ok(Some(line)) => {
-                        let (wire, endpoint, headers) = (self.wire.clone(), self.endpoint.clone(), self.headers.clone());
-                        posts.spawn(async move { wire.deliver(&endpoint, headers, line.into()).await });
+                        let goes_first = goes_first(&line);
+                        let (taken, wait) = oneshot::channel();
+                        let post = self.clone().post(line.into());
+                        posts.spawn(async move {
+                            let posted = post.await;
+                            let _ = taken.send(());
+                            posted
+                        });
+                        if goes_first {
+                            let _ = timeout(FIRST_WITHIN, wait).await;
+                        }
                     }
                     _ => return "the connection was closed".to_owned(),
                 },
-                Some(posted) = posts.join_next() => match posted {
-                    Ok(Ok(status)) if !status.is_success() => return format!("a message was refused: HTTP {status}"),
-                    Ok(Err(error)) => return error.to_string(),
-                    _ => {}
+                Some(posted) = posts.join_next() => if let Ok(Err(reason)) = posted {
+                    return reason;
                 },
             }
         }
     }
+
+    /// An error is why the connection is of no use any more.
+    async fn post(self, line: Bytes) -> Result<(), String> {
+        let status = match self.wire.deliver(&self.endpoint, self.headers, line.clone()).await {
+            Ok(status) if status.is_success() => return Ok(()),
+            Ok(status) => status,
+            Err(error) => return Err(error.to_string()),
+        };
+        match Message::parse(line) {
+            // The server may have given up its question, or never wanted to know.
+            Ok(Message::Response { .. } | Message::Notification { .. }) => {
+                tracing::debug!(upstream = %self.wire.upstream(), %status, "a message nobody waits for was refused");
+                Ok(())
+            }
+            _ => Err(format!("a message was refused: HTTP {status}")),
+        }
+    }
+}
+
+/// Each POST may take a way of its own, and what these say counts for all that follows.
+fn goes_first(line: &str) -> bool {
+    let notification = format!(r#"{{"jsonrpc":"2.0","method":"{}""#, Method::Initialized.as_str());
+    // Behind the id, which is a number of ours.
+    let is_level = line.get(..64).unwrap_or(line).contains(r#","method":"logging/setLevel""#);
+    line.starts_with(&notification) || is_level
 }
 
 struct AbortOnDrop(tokio::task::AbortHandle);

@@ -483,13 +483,9 @@ impl State {
         plain(&self.calls)
     }
 
-    /// Asks in the stream of a call. If that has just ended, the question comes back.
-    pub(super) fn ask(&self, call: u64, question: ServerRequest) -> Result<(), ServerRequest> {
-        let Some(entry) = self.calls.get(&call) else { return Err(question) };
-        match entry.news.send(News::Question(question)) {
-            Err(mpsc::error::SendError(News::Question(question))) => Err(question),
-            _ => Ok(()),
-        }
+    /// Asks in the stream of a call. `false` when it has just ended.
+    pub(super) fn ask(&self, call: u64, question: ServerRequest) -> bool {
+        self.calls.get(&call).is_some_and(|entry| entry.news.send(News::Question(question)).is_ok())
     }
 }
 

@@ -242,10 +242,10 @@ fn ask(state: &mut State, owner: &Owner, question: &Question) -> Asked {
     let out = match call {
         Some(id) => state.ask(id, request),
         None if owner.whose() == Whose::One => owner.aside().ask(request),
-        None => Err(request),
+        None => false,
     };
     match (out, state.questions.open.get_mut(&question.id)) {
-        (Ok(()), Some(open)) => {
+        (true, Some(open)) => {
             let (over, ended) = oneshot::channel();
             (open.call, open.over) = (call, Some(over));
             Asked::Out { answer, over: ended }

@@ -466,7 +466,7 @@ const ELICITATION: &[u8] = br#"{"elicitation":{},"roots":{},"tasks":{}}"#;
 /// A client in a session of its own, which lives as long as the token.
 fn legacy_client() -> (Arc<Caller>, Arc<SessionToken>) {
     let token = SessionToken::new();
-    let client = Client { info: Some(r#"{"name":"own"}"#.into()), ..(*modern_client()).client.clone() };
+    let client = Client { info: Some(r#"{"name":"own"}"#.into()), ..modern_client().client.clone() };
     let affinity = Affinity::Session(token.clone());
     (Arc::new(Caller { client, affinity, ..(*Caller::anonymous()).clone() }), token)
 }
