@@ -208,7 +208,9 @@ impl Client {
         let name = server.name.clone();
         let transport = &server.spec.transport;
         if let Some(command) = StdioCommand::of(transport) {
-            let child = StdioUpstream::new(name, command).with_resolver(Arc::new(resolve));
+            let child = StdioUpstream::new(name, command)
+                .with_resolver(Arc::new(resolve))
+                .with_isolation(server.spec.isolation);
             return Client { service: child.clone().boxed_mcp(), child: Some(child) };
         }
         let service = match transport {

@@ -145,6 +145,12 @@ pub(super) struct Add {
     #[arg(long, value_name = "TIME")]
     pub(super) timeout: Option<String>,
 
+    /// Who shares the program: `shared`, one for everybody, or `session`, one for each client session [default: shared]
+    ///
+    /// With `session` it keeps no state of others, and can ask its client: for elicitation, sampling and roots.
+    #[arg(long, value_name = "ISOLATION")]
+    pub(super) isolation: Option<String>,
+
     /// Replace the server of that name, if there is one
     #[arg(long)]
     pub(super) replace: bool,

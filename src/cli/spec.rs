@@ -75,6 +75,9 @@ fn entry(add: &Add) -> Result<Value> {
     if let Some(transport) = &add.transport {
         set("type", json!(transport));
     }
+    if let Some(isolation) = &add.isolation {
+        set("isolation", json!(isolation));
+    }
     if let Some(timeout) = &add.timeout {
         // A bare number is in seconds, as in the file.
         let number = timeout.parse::<f64>().ok().filter(|seconds| seconds.is_finite());

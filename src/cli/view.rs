@@ -5,7 +5,10 @@ use std::io::{self, IsTerminal as _};
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 
 use super::control::{ServerView, State};
-use crate::{registry::ServerRecord, upstream::Transport};
+use crate::{
+    registry::ServerRecord,
+    upstream::{Isolation, Transport},
+};
 
 /// A record as it may be shown.
 pub(super) fn server(server: &ServerRecord, state: State, tools: Option<usize>) -> ServerView {
@@ -27,6 +30,7 @@ pub(super) fn server(server: &ServerRecord, state: State, tools: Option<usize>) 
         env,
         allow: server.rules.allow.clone(),
         deny: server.rules.deny.clone(),
+        isolation: spec.isolation,
         timeout_ms: u64::try_from(spec.timeout.as_millis()).unwrap_or(u64::MAX),
         origin: server.origin,
     }
@@ -124,7 +128,11 @@ fn place_and_names(server: &ServerView) -> String {
         [] => String::new(),
         names => format!("  ({what} {})", names.join(", ")),
     };
-    format!("{}{}{}", server.place, names("headers", &server.headers), names("env", &server.env))
+    let shared = match server.isolation {
+        Isolation::Shared => "",
+        Isolation::Session => "  (one for each session)",
+    };
+    format!("{}{}{}{shared}", server.place, names("headers", &server.headers), names("env", &server.env))
 }
 
 fn rules(server: &ServerView) -> String {

@@ -39,6 +39,7 @@ pub(super) struct RawServer {
     pub(super) disabled: Option<Placed<bool>>,
     pub(super) timeout: Option<Placed<RawTime>>,
     pub(super) concurrency: Option<Placed<f64>>,
+    pub(super) isolation: Option<Placed<String>>,
 }
 
 /// A time, in one of its two spellings.
@@ -145,6 +146,7 @@ impl<'a> Reader<'a, '_> {
             disabled: keys.take("disabled").and_then(|node| self.boolean(node)),
             timeout: keys.take("timeout").and_then(|node| self.time(node)),
             concurrency: keys.take("concurrency").and_then(|node| self.number(node)),
+            isolation: keys.take("isolation").and_then(|node| self.string(node)),
         };
         self.refuse_others(keys);
         server.intact = self.problems.count() == before;
@@ -299,6 +301,7 @@ const OTHER_WORDS: &[(&str, &[&str])] = &[
     ("deny", &["excludetools", "disabledtools", "deniedtools", "exclude", "block"]),
     ("timeout", &["timeoutms", "requesttimeout", "timeoutseconds"]),
     ("concurrency", &["maxconcurrency", "concurrencylimit"]),
+    ("isolation", &["isolated", "sharing", "shared", "persession"]),
     ("listen", &["bind", "address", "host", "port"]),
     ("naming", &["namingmode", "prefix"]),
     ("mcpServers", &["upstreams", "backends"]),

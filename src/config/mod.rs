@@ -12,6 +12,7 @@
 //! | `.enabled` (or `.disabled`) | whether the server takes part |
 //! | `.timeout` | the longest a request may take: seconds, or `"500ms"`, `"5s"`, `"2m"` |
 //! | `.concurrency` | how many requests may be under way at once |
+//! | `.isolation` | who shares a program: `"shared"`, everybody, or `"session"`, one for each client session |
 //!
 //! `type` may be `"http"` (or `"streamable-http"`), `"sse"` or `"stdio"`; without it, `url` means HTTP and
 //! `command` a child process. `${VAR}`, `${VAR:-default}` and `${file:PATH}` stay as they are until a connection

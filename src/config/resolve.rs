@@ -11,7 +11,7 @@ use super::{
 use crate::{
     protocol::{Naming, ServerName},
     registry::{Origin, Rules, ServerRecord},
-    upstream::{Transport, UpstreamSpec, secret},
+    upstream::{Isolation, Transport, UpstreamSpec, secret},
 };
 
 /// A config file, understood.
@@ -82,9 +82,11 @@ fn resolve_server(raw: RawServer, problems: &mut Problems) -> Option<ServerRecor
     let enabled = enabled(&raw, problems);
     let timeout = raw.timeout.as_ref().and_then(|timeout| duration(timeout, problems));
     let concurrency = raw.concurrency.as_ref().and_then(|limit| concurrency(limit, problems));
+    let isolation = raw.isolation.as_ref().and_then(|wanted| isolation(wanted, raw.url.is_some(), problems));
     let mut spec = UpstreamSpec::new(transport(raw, problems)?);
     spec.timeout = timeout.unwrap_or(spec.timeout);
     spec.concurrency = concurrency.unwrap_or(spec.concurrency);
+    spec.isolation = isolation.unwrap_or(spec.isolation);
     Some(ServerRecord { name: name?, spec, enabled, rules, origin: Origin::File })
 }
 
@@ -174,6 +176,23 @@ fn concurrency(limit: &Placed<f64>, problems: &mut Problems) -> Option<usize> {
 }
 
 const MOST_AT_ONCE: f64 = 1_000_000.0;
+
+fn isolation(wanted: &Placed<String>, has_url: bool, problems: &mut Problems) -> Option<Isolation> {
+    if has_url {
+        let said = "does not go with `url`: such a server tells its sessions apart by itself";
+        problems.add(&wanted.place, said);
+        return None;
+    }
+    match wanted.value.as_str() {
+        "shared" => Some(Isolation::Shared),
+        "session" => Some(Isolation::Session),
+        other => {
+            let said = format!("{other:?} is not an isolation: use \"shared\" or \"session\"");
+            problems.add(&wanted.place, said);
+            None
+        }
+    }
+}
 
 // === how to reach it ===
 

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     protocol::{Naming, NamingMode},
     registry::{Origin, Rules, ServerRecord},
-    upstream::{Transport, UpstreamSpec},
+    upstream::{Isolation, Transport, UpstreamSpec},
 };
 
 fn parsed(text: &str) -> Config {
@@ -46,7 +46,7 @@ fn reads_everything_there_is() {
             "mcpServers": {
                 "zeta": {
                     "type": "stdio", "command": "npx", "args": ["-y", "pkg"], "env": {"KEY": "${KEY}"},
-                    "cwd": "/srv", "timeout": 1.5, "concurrency": 3, "enabled": false,
+                    "cwd": "/srv", "timeout": 1.5, "concurrency": 3, "isolation": "session", "enabled": false,
                 },
                 "alpha": {
                     "type": "http", "url": "https://mcp.example.com/mcp", "headers": {"X-Key": "${env:KEY}"},
@@ -72,6 +72,7 @@ fn reads_everything_there_is() {
     );
     zeta.spec.timeout = Duration::from_millis(1500);
     zeta.spec.concurrency = 3;
+    zeta.spec.isolation = Isolation::Session;
     zeta.enabled = false;
     let url = "https://mcp.example.com/mcp".to_owned();
     let mut alpha = record("alpha", Transport::Http { url, headers: map("X-Key", "${env:KEY}") });
@@ -176,6 +177,7 @@ fn unknown_keys_are_told_with_the_right_one() {
         ("Timeout", "timeout"),
         ("environment", "env"),
         ("header", "headers"),
+        ("isolated", "isolation"),
         ("enable", "enabled"),
     ];
     for (written, right) in meant {
@@ -187,7 +189,7 @@ fn unknown_keys_are_told_with_the_right_one() {
     assert_eq!(
         refused_server(r#"{"command": "c", "alwaysAllow": []}"#),
         "alwaysAllow: unknown key; known here: type, command, args, env, cwd, url, headers, allow, deny, enabled, \
-         disabled, timeout, concurrency"
+         disabled, timeout, concurrency, isolation"
     );
     assert_eq!(
         refused(r#"{"zzz zzz": 1}"#),
@@ -209,6 +211,10 @@ fn a_server_is_reached_in_one_way() {
         (r#"{"url": "http://h", "env": {}}"#, "env: does not go with `url`"),
         (r#"{"url": "http://h", "cwd": "/"}"#, "cwd: does not go with `url`"),
         (r#"{"command": "c", "headers": {}}"#, "headers: does not go with `command`"),
+        (
+            r#"{"url": "http://h", "isolation": "session"}"#,
+            "isolation: does not go with `url`: such a server tells its sessions apart by itself",
+        ),
         (
             r#"{"type": "websocket", "url": "http://h"}"#,
             "type: \"websocket\" is not a type: use \"http\", \"sse\" or \"stdio\"",
@@ -254,6 +260,10 @@ fn values_are_checked_where_they_are_read() {
         ),
         (r#"{"command": "c", "concurrency": 0}"#, "concurrency: must be a whole number from 1 to 1000000"),
         (r#"{"command": "c", "concurrency": 1.5}"#, "concurrency: must be a whole number from 1 to 1000000"),
+        (
+            r#"{"command": "c", "isolation": "client"}"#,
+            "isolation: \"client\" is not an isolation: use \"shared\" or \"session\"",
+        ),
         (
             r#"{"command": "c", "enabled": true, "disabled": true}"#,
             "disabled: stands beside `enabled`, and one of them is enough",
@@ -456,6 +466,7 @@ fn almost_a_config() -> impl Strategy<Value = String> {
         Just("allow".to_owned()),
         Just("timeout".to_owned()),
         Just("concurrency".to_owned()),
+        Just("isolation".to_owned()),
         "[a-zé _-]{0,6}",
     ];
     leaf.prop_recursive(4, 40, 5, move |inner| {

@@ -87,7 +87,7 @@ mod tests {
             spec: UpstreamSpec {
                 timeout: Duration::from_millis(1500),
                 concurrency: 7,
-                isolation: Isolation::default(),
+                isolation: Isolation::Session,
                 transport,
             },
             enabled: false,

@@ -52,8 +52,7 @@ use tokio::{io::DuplexStream, task::AbortHandle};
 use tower::Service;
 
 use super::{
-    lines::{self, Lines, Surroundings, Unopened, Wire},
-    link::Link,
+    lines::{self, Lines, Owner, Place, Surroundings, Unopened, Wire},
     translate,
 };
 use crate::{
@@ -61,7 +60,7 @@ use crate::{
     error::{Fault, UpstreamError},
     protocol::{
         Era, Frame, ListenFilter, McpRequest, McpResponse, Method, Notification, Params, Payload,
-        ProtocolVersion, RawObject, RequestId, RpcError, ServerName, code, meta,
+        ProtocolVersion, RawObject, RequestId, RpcError, ServerName, Unsolicited, code, meta, sign_result,
     },
 };
 
@@ -99,7 +98,8 @@ impl PeerUpstream {
                 }
             })
         });
-        let served = Served { link: Link::new(name.clone()), serve, era: Arc::default() };
+        let place = Place::new(&name, Arc::new(Owner::everybody()));
+        let served = Served { place, serve, era: Arc::default() };
         PeerUpstream { name, way: Way::Served(Arc::new(served)) }
     }
 
@@ -112,10 +112,10 @@ impl PeerUpstream {
 
 impl Service<McpRequest> for PeerUpstream {
     type Response = McpResponse;
-    type Error = UpstreamError;
-    type Future = BoxFuture<'static, Result<McpResponse, UpstreamError>>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<McpResponse, BoxError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), UpstreamError>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))
     }
 
@@ -139,7 +139,7 @@ impl fmt::Debug for PeerUpstream {
 // === A handler in this process ===
 
 struct Served {
-    link: Arc<Link<Lines>>,
+    place: Place,
     serve: Serve,
     era: Arc<Mutex<Option<Era>>>,
 }
@@ -148,10 +148,9 @@ struct Served {
 type Serve = Arc<dyn Fn(DuplexStream) -> BoxFuture<'static, String> + Send + Sync>;
 
 impl Served {
-    async fn call(&self, name: &ServerName, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+    async fn call(&self, name: &ServerName, request: McpRequest) -> Result<McpResponse, BoxError> {
         let (serve, era) = (self.serve.clone(), self.era.clone());
-        let lines = self.link.get(|| connect(name.clone(), serve, era)).await?;
-        lines.call(request).await
+        self.place.call(request, |owner| connect(name.clone(), serve, era, owner)).await
     }
 }
 
@@ -159,10 +158,11 @@ async fn connect(
     name: ServerName,
     serve: Serve,
     era: Arc<Mutex<Option<Era>>>,
+    owner: Arc<Owner>,
 ) -> Result<Lines, UpstreamError> {
     let known = *era.lock().unwrap_or_else(PoisonError::into_inner);
-    let opened = match start(&name, &serve, known).await {
-        Err(Unopened { probed: true, .. }) => start(&name, &serve, Some(Era::Legacy)).await,
+    let opened = match start(&name, &serve, known, &owner).await {
+        Err(Unopened { probed: true, .. }) => start(&name, &serve, Some(Era::Legacy), &owner).await,
         outcome => outcome,
     };
     let (lines, found) = opened.map_err(|unopened| unopened.error)?;
@@ -170,7 +170,12 @@ async fn connect(
     Ok(lines)
 }
 
-async fn start(name: &ServerName, serve: &Serve, known: Option<Era>) -> Result<(Lines, Era), Unopened> {
+async fn start(
+    name: &ServerName,
+    serve: &Serve,
+    known: Option<Era>,
+    owner: &Arc<Owner>,
+) -> Result<(Lines, Era), Unopened> {
     let (ours, theirs) = tokio::io::duplex(PIPE);
     let task = tokio::spawn(serve(theirs));
     let serving = Serving(task.abort_handle());
@@ -183,7 +188,7 @@ async fn start(name: &ServerName, serve: &Serve, known: Option<Era>) -> Result<(
     };
     let (read, write) = tokio::io::split(ours);
     let wire = Wire::start(name, read, write, around);
-    let opened = lines::open(&wire, known).await?;
+    let opened = lines::open(&wire, known, owner).await?;
     let era = opened.era();
     Ok((Lines::new(wire, opened, serving), era))
 }
@@ -206,28 +211,32 @@ struct Foreign {
 }
 
 impl Foreign {
-    async fn call(self, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+    async fn call(self, request: McpRequest) -> Result<McpResponse, BoxError> {
+        if request.extensions().get::<Unsolicited>().is_some() {
+            // What nobody asked for goes to the peer's own handler.
+            return Ok(McpResponse::new(Payload::Stream(Box::pin(stream::empty()))));
+        }
         let Some(info) = self.peer.peer_info() else {
-            return Err(self.fail(Fault::Misconfigured, "the peer is not initialized"));
+            return Err(self.fail(Fault::Misconfigured, "the peer is not initialized").into());
         };
         let era = if info.protocol_version.has_initialize() { Era::Legacy } else { Era::Modern };
         match request.method() {
-            method if request.id().is_none() && method.is_notification() => self.notify(&request).await,
+            method if request.id().is_none() && method.is_notification() => Ok(self.notify(&request).await?),
             Method::Discover => {
                 let info = RawObject::parse(json_of(&*info).into());
                 let info = info.map_err(|error| self.fail(Fault::Garbled, error))?;
                 Ok(McpResponse::raw(translate::discover_result(&info)))
             }
-            Method::Listen if era == Era::Modern => self.listen(&request).await,
+            Method::Listen if era == Era::Modern => Ok(self.listen(&request).await?),
             Method::Listen => Ok(self.listen_to_nothing()),
             _ => self.forward(&request, era).await,
         }
     }
 
-    async fn forward(&self, request: &McpRequest, era: Era) -> Result<McpResponse, UpstreamError> {
+    async fn forward(&self, request: &McpRequest, era: Era) -> Result<McpResponse, BoxError> {
         let params = match era {
             Era::Modern => translate::modern_params(request, ProtocolVersion::LATEST),
-            Era::Legacy => translate::legacy_params(request),
+            Era::Legacy => translate::checked_legacy_params(request)?,
         };
         let params = match params.is_present().then(|| params.typed::<Value>()).transpose() {
             Ok(params) => params,
@@ -245,12 +254,18 @@ impl Foreign {
         let sent = self.peer.send_request_with_option(ClientRequest::CustomRequest(custom), options).await;
         let mut call = ForeignCall(Some(sent.map_err(|error| self.error(error))?));
         match call.answer().await {
-            Ok(result) => Ok(McpResponse::raw(result)),
+            Ok(result) => {
+                let result = Payload::Raw(result);
+                Ok(McpResponse::new(match era {
+                    Era::Modern => sign_result(&self.name, result),
+                    Era::Legacy => result,
+                }))
+            }
             Err(ServiceError::McpError(error)) => match RpcError::parse(json_of(&error).into()) {
                 Ok(error) => Ok(McpResponse::error(error)),
-                Err(error) => Err(self.fail(Fault::Garbled, error)),
+                Err(error) => Err(self.fail(Fault::Garbled, error).into()),
             },
-            Err(error) => Err(self.error(error)),
+            Err(error) => Err(self.error(error).into()),
         }
     }
 
@@ -526,7 +541,8 @@ mod tests {
             let (upstream, client) = foreign(handler.clone()).await;
             check(upstream.clone(), handler).await;
             client.cancel().await.unwrap();
-            assert_eq!(upstream.oneshot(call("hello")).await.unwrap_err().fault, Fault::Lost);
+            let error = upstream.oneshot(call("hello")).await.unwrap_err();
+            assert_eq!(error.downcast_ref::<UpstreamError>().unwrap().fault, Fault::Lost);
         }
     }
 

@@ -7,9 +7,8 @@ use futures_util::stream;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-#[cfg(feature = "client")]
-use crate::error::InvalidParams;
 use crate::{
+    error::InvalidParams,
     identity::Client,
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, Notification, Params, ProtocolVersion, RawObject, meta,
@@ -63,7 +62,6 @@ pub(crate) fn legacy_params(request: &McpRequest) -> Params {
 
 /// The same, of a request that a client may have made up: a legacy upstream gave out no state, and has no questions
 /// that the answers in it could be to.
-#[cfg(feature = "client")]
 pub(crate) fn checked_legacy_params(request: &McpRequest) -> Result<Params, InvalidParams> {
     let mut params = legacy_params(request);
     match params.get("requestState") {
@@ -171,7 +169,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(feature = "client")]
     fn a_state_that_nobody_gave_out_is_refused() {
         let forged = request(json!({ "name": "a", "requestState": "s", "inputResponses": {} }));
         let error = checked_legacy_params(&forged).unwrap_err();

@@ -41,7 +41,20 @@ fn servers_are_added_and_taken_away(home: &Home, status: &str) {
     let added =
         home.ok(&["add", "docs", NOBODY, "--header", "Authorization: Bearer s3cret", "--deny", "rm*"]);
     assert!(added.starts_with("added `docs`"), "{added}");
-    home.ok(&["add", "git", "--env", "TOKEN=s3cret", "--timeout", "5s", "--", "sh", "-c", "exit 1"]);
+    home.ok(&[
+        "add",
+        "git",
+        "--env",
+        "TOKEN=s3cret",
+        "--timeout",
+        "5s",
+        "--isolation",
+        "session",
+        "--",
+        "sh",
+        "-c",
+        "exit 1",
+    ]);
 
     let list = home.json(&["list"]);
     assert_eq!(list[0]["name"], "docs");
@@ -49,7 +62,9 @@ fn servers_are_added_and_taken_away(home: &Home, status: &str) {
     assert_eq!(list[0]["headers"][0], "Authorization");
     assert_eq!(list[0]["deny"][0], "rm*");
     assert_eq!((&list[1]["env"][0], &list[1]["timeout_ms"]), (&"TOKEN".into(), &5000.into()));
+    assert_eq!((&list[0]["isolation"], &list[1]["isolation"]), (&"shared".into(), &"session".into()));
     let shown = home.ok(&["list"]);
+    assert!(shown.contains("(env TOKEN)  (one for each session)"), "{shown}");
     assert!(shown.contains("NAME") && shown.contains("deny rm*"), "{shown}");
     assert!(!shown.contains("s3cret") && !list.to_string().contains("s3cret"), "{shown}");
 
@@ -404,6 +419,14 @@ fn bad_input_gets_one_clear_sentence() {
             "--transport: \"smtp\" is not a type: use \"http\", \"sse\" or \"stdio\"",
         ),
         (add(&[NOBODY, "--transport", "stdio"]), "--transport: \"stdio\" does not go with `url`"),
+        (
+            add(&[NOBODY, "--isolation", "session"]),
+            "--isolation: does not go with `url`: such a server tells its sessions apart by itself",
+        ),
+        (
+            add(&["--isolation", "client", "--", "sh"]),
+            "--isolation: \"client\" is not an isolation: use \"shared\" or \"session\"",
+        ),
         (
             add(&[NOBODY, "--timeout", "soon"]),
             "--timeout: \"soon\" is not a time: use seconds, or a string such as \"500ms\", \"5s\" or \"2m\"",

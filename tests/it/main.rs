@@ -12,6 +12,8 @@ mod gateway;
 #[cfg(feature = "daemon")]
 mod http;
 #[cfg(feature = "daemon")]
+mod isolation;
+#[cfg(feature = "daemon")]
 mod legacy;
 #[cfg(feature = "daemon")]
 mod modern;

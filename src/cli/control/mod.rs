@@ -29,6 +29,7 @@ use remote::Remote;
 use crate::{
     protocol::ServerName,
     registry::{Origin, ServerRecord},
+    upstream::Isolation,
 };
 
 /// The way to the servers.
@@ -100,6 +101,8 @@ pub(super) struct ServerView {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) allow: Option<Vec<String>>,
     pub(super) deny: Vec<String>,
+    #[serde(default)]
+    pub(super) isolation: Isolation,
     pub(super) timeout_ms: u64,
     pub(super) origin: Origin,
 }

@@ -1,12 +1,13 @@
 //! HTTP+SSE, the transport of 2024-11-05: one stream for all that comes, a POST for each message that goes.
 //!
 //! That is a pair of byte streams in disguise, so the messages are pumped through a pipe to the client that speaks on
-//! pipes.
+//! pipes. Each stream is a session, so each client session has one of its own.
 
 use std::{
     fmt,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,27 +15,31 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method as HttpMethod, Uri, header::ACCEPT};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream},
+    sync::oneshot,
     task::JoinSet,
+    time::timeout,
 };
 use tower::Service;
 
 use super::{
     HANDSHAKE, MESSAGE_LIMIT, Spec,
+    legacy::MOST_SESSIONS,
     sse::Events,
     wire::{Answer, Wire, post_headers, same_origin},
 };
 use crate::{
     BoxError,
     error::{Fault, UpstreamError},
-    protocol::{Era, McpRequest, McpResponse, ServerName},
-    upstream::{
-        lines::{self, Lines, Surroundings},
-        link::Link,
-    },
+    protocol::{Era, McpRequest, McpResponse, Message, Method, ServerName},
+    upstream::lines::{self, Lines, Owner, Places, Surroundings},
 };
 
 /// How much may wait in the pipe.
 const PIPE: usize = 64 * 1024;
+/// How many POSTs may be open. Further messages wait in the pipe.
+const MOST_POSTS: usize = 1024;
+/// How long what follows waits for the server to take what must come first.
+const FIRST_WITHIN: Duration = Duration::from_secs(2);
 
 /// An upstream behind the deprecated HTTP+SSE transport.
 ///
@@ -47,7 +52,7 @@ pub struct SseUpstream {
     name: ServerName,
     spec: Spec,
     wire: Arc<Wire>,
-    link: Arc<Link<Lines>>,
+    sessions: Arc<Places>,
 }
 
 impl SseUpstream {
@@ -55,7 +60,8 @@ impl SseUpstream {
     /// request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
-        SseUpstream { spec: Spec::new(url.into()), wire, link: Link::within(name.clone(), HANDSHAKE), name }
+        let sessions = Arc::new(Places::new(name.clone(), MOST_SESSIONS, HANDSHAKE));
+        SseUpstream { name, spec: Spec::new(url.into()), wire, sessions }
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.
@@ -65,7 +71,7 @@ impl SseUpstream {
         self
     }
 
-    async fn connect(self) -> Result<Lines, UpstreamError> {
+    async fn connect(self, owner: Arc<Owner>) -> Result<Lines, UpstreamError> {
         let (uri, headers) = self.spec.resolve().map_err(|e| self.wire.error(Fault::Misconfigured, e))?;
         let mut get = headers.clone();
         get.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
@@ -93,12 +99,14 @@ impl SseUpstream {
         };
         let (read, write) = tokio::io::split(ours);
         let wire = lines::Wire::start(&self.name, read, write, around);
-        let opened = lines::open(&wire, Some(Era::Legacy)).await.map_err(|unopened| unopened.error)?;
+        let opened =
+            lines::open(&wire, Some(Era::Legacy), &owner).await.map_err(|unopened| unopened.error)?;
         Ok(Lines::new(wire, opened, pumping))
     }
 }
 
 /// Both directions, until one of them ends.
+#[derive(Clone)]
 struct Pump {
     wire: Arc<Wire>,
     endpoint: Uri,
@@ -127,21 +135,53 @@ impl Pump {
                     Ok(None) => return "the stream ended".to_owned(),
                     Err(error) => return error.to_string(),
                 },
-                line = outgoing.next_line() => match line {
+                line = outgoing.next_line(), if posts.len() < MOST_POSTS => match line {
                     Ok(Some(line)) => {
-                        let (wire, endpoint, headers) = (self.wire.clone(), self.endpoint.clone(), self.headers.clone());
-                        posts.spawn(async move { wire.deliver(&endpoint, headers, line.into()).await });
+                        let goes_first = goes_first(&line);
+                        let (taken, wait) = oneshot::channel();
+                        let post = self.clone().post(line.into());
+                        posts.spawn(async move {
+                            let posted = post.await;
+                            let _ = taken.send(());
+                            posted
+                        });
+                        if goes_first {
+                            let _ = timeout(FIRST_WITHIN, wait).await;
+                        }
                     }
                     _ => return "the connection was closed".to_owned(),
                 },
-                Some(posted) = posts.join_next() => match posted {
-                    Ok(Ok(status)) if !status.is_success() => return format!("a message was refused: HTTP {status}"),
-                    Ok(Err(error)) => return error.to_string(),
-                    _ => {}
+                Some(posted) = posts.join_next() => if let Ok(Err(reason)) = posted {
+                    return reason;
                 },
             }
         }
     }
+
+    /// An error is why the connection is of no use any more.
+    async fn post(self, line: Bytes) -> Result<(), String> {
+        let status = match self.wire.deliver(&self.endpoint, self.headers, line.clone()).await {
+            Ok(status) if status.is_success() => return Ok(()),
+            Ok(status) => status,
+            Err(error) => return Err(error.to_string()),
+        };
+        match Message::parse(line) {
+            // The server may have given up its question, or never wanted to know.
+            Ok(Message::Response { .. } | Message::Notification { .. }) => {
+                tracing::debug!(upstream = %self.wire.upstream(), %status, "a message nobody waits for was refused");
+                Ok(())
+            }
+            _ => Err(format!("a message was refused: HTTP {status}")),
+        }
+    }
+}
+
+/// Each POST may take a way of its own, and what these say counts for all that follows.
+fn goes_first(line: &str) -> bool {
+    let notification = format!(r#"{{"jsonrpc":"2.0","method":"{}""#, Method::Initialized.as_str());
+    // Behind the id, which is a number of ours.
+    let is_level = line.get(..64).unwrap_or(line).contains(r#","method":"logging/setLevel""#);
+    line.starts_with(&notification) || is_level
 }
 
 struct AbortOnDrop(tokio::task::AbortHandle);
@@ -163,10 +203,9 @@ impl Service<McpRequest> for SseUpstream {
 
     fn call(&mut self, request: McpRequest) -> Self::Future {
         let upstream = self.clone();
-        Box::pin(async move {
-            let lines = upstream.link.get(|| upstream.clone().connect()).await?;
-            Ok(lines.call(request).await?)
-        })
+        Box::pin(
+            async move { upstream.sessions.call(request, |owner| upstream.clone().connect(owner)).await },
+        )
     }
 }
 

@@ -1,7 +1,7 @@
 //! Who waits for what on one connection: requests by id, listeners, and whatever comes unasked.
 //!
 //! The connection's own ids are a counter, and a request's progress token is its id. A call's notifications queue up
-//! in bounded space: whoever does not read them loses progress, never the result.
+//! in bounded space: whoever does not read them loses progress, never a question or the result.
 
 use std::{
     collections::HashMap,
@@ -15,11 +15,15 @@ use bytes::Bytes;
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::{
+    owner::{Owner, Whose},
+    questions::Questions,
+};
 use crate::{
     error::{Fault, UpstreamError},
     protocol::{
-        Message, Method, Notification, Params, Payload, RawObject, RequestId, RpcError, ServerName, code,
-        meta,
+        Message, Method, Notification, Params, Payload, RawObject, RequestId, RpcError, ServerName,
+        ServerRequest, meta,
     },
     upstream::translate,
 };
@@ -30,6 +34,10 @@ const NOTICES: usize = 256;
 const NOTICE_BYTES: usize = 1024 * 1024;
 /// How many messages wait to be written. Further callers wait with their own.
 const OUTGOING: usize = 16;
+/// How many answers to the other side wait to be written. One that asks faster than it reads goes without some.
+const REPLIES: usize = 256;
+/// An id is echoed. Nobody needs a longer one.
+const LONGEST_ID: usize = 1024;
 /// How many unsolicited notifications a listener may be behind.
 const UNSOLICITED: usize = 256;
 
@@ -37,18 +45,20 @@ pub(super) struct Calls {
     upstream: ServerName,
     state: Mutex<State>,
     queue: mpsc::Sender<Outgoing>,
+    replies: mpsc::Sender<Bytes>,
     /// What cannot wait for room: it is sent from `drop`, or in an order that must be kept. Each of these follows a
     /// call that was written, or a listener, so there are never more of them than of those.
     urgent: mpsc::UnboundedSender<Urgent>,
 }
 
-struct State {
+pub(super) struct State {
     next: u64,
     calls: HashMap<u64, Entry>,
     /// How many listeners want updates of a resource. Legacy only.
     subscribed: HashMap<String, usize>,
     /// Gone when the connection is.
     unsolicited: Option<broadcast::Sender<Notification>>,
+    pub(super) questions: Questions,
     closing: bool,
     end: Option<End>,
 }
@@ -58,8 +68,9 @@ struct Entry {
     token: Option<Bytes>,
     kind: Kind,
     written: bool,
-    notices: mpsc::Sender<Notice>,
-    queued: Arc<AtomicUsize>,
+    /// Bounded by `unread` for notifications, and for questions by how many may be open.
+    news: mpsc::UnboundedSender<News>,
+    unread: Arc<Unread>,
     answer: oneshot::Sender<Result<Payload, End>>,
 }
 
@@ -73,9 +84,34 @@ pub(super) enum Kind {
     Internal,
 }
 
-struct Notice {
-    notification: Notification,
-    size: usize,
+enum News {
+    Notice { notification: Notification, size: usize },
+    Question(ServerRequest),
+}
+
+/// Notifications a caller has not read yet.
+#[derive(Default)]
+struct Unread {
+    count: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl Unread {
+    /// Makes room for one more. The first has room whatever its size.
+    fn add(&self, size: usize) -> bool {
+        let (count, bytes) =
+            (self.count.fetch_add(1, Ordering::Relaxed), self.bytes.fetch_add(size, Ordering::Relaxed));
+        let fits = count == 0 || (count < NOTICES && bytes + size <= NOTICE_BYTES);
+        if !fits {
+            self.remove(size);
+        }
+        fits
+    }
+
+    fn remove(&self, size: usize) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.bytes.fetch_sub(size, Ordering::Relaxed);
+    }
 }
 
 /// Why nothing will come any more.
@@ -118,23 +154,36 @@ impl Urgent {
 /// What the writer reads from.
 pub(super) struct Outbox {
     pub(super) queue: mpsc::Receiver<Outgoing>,
+    pub(super) replies: mpsc::Receiver<Bytes>,
     pub(super) urgent: mpsc::UnboundedReceiver<Urgent>,
 }
 
 impl Calls {
     pub(super) fn new(upstream: ServerName) -> (Arc<Self>, Outbox) {
         let (queue, queued) = mpsc::channel(OUTGOING);
+        let (replies, replied) = mpsc::channel(REPLIES);
         let (urgent, hurried) = mpsc::unbounded_channel();
         let state = State {
             next: 1,
             calls: HashMap::new(),
             subscribed: HashMap::new(),
             unsolicited: Some(broadcast::Sender::new(UNSOLICITED)),
+            questions: Questions::default(),
             closing: false,
             end: None,
         };
-        let calls = Calls { upstream, state: Mutex::new(state), queue, urgent };
-        (Arc::new(calls), Outbox { queue: queued, urgent: hurried })
+        let calls = Calls { upstream, state: Mutex::new(state), queue, replies, urgent };
+        (Arc::new(calls), Outbox { queue: queued, replies: replied, urgent: hurried })
+    }
+
+    /// From now on the other side may ask, and this is whom.
+    pub(super) fn belong_to(&self, owner: Arc<Owner>) {
+        self.lock().questions.belong_to(owner);
+    }
+
+    /// Whose the connection is, if anybody may be asked there.
+    pub(super) fn whose(&self) -> Option<Whose> {
+        self.lock().questions.owner().map(|owner| owner.whose())
     }
 
     pub(super) fn upstream(&self) -> &ServerName {
@@ -159,11 +208,22 @@ impl Calls {
         }
         state.closing = true;
         state.unsolicited = None;
+        state.questions.withdraw_all();
         for (_, entry) in state.calls.drain() {
             // A caller that has gone asks nothing more.
             let _ = entry.answer.send(Err(end.clone()));
         }
         state.end = Some(end);
+    }
+
+    /// Why it is over, when it is.
+    pub(super) fn why(&self) -> Option<Arc<str>> {
+        self.lock().end.as_ref().map(|end| end.reason.clone())
+    }
+
+    /// Ready when nothing can be written any more.
+    pub(super) async fn ended(&self) {
+        self.queue.closed().await;
     }
 
     /// A new call, not yet sent.
@@ -189,12 +249,12 @@ impl Calls {
         }
         let id = state.next;
         state.next += 1;
-        let (notices, arriving) = mpsc::channel(NOTICES);
+        let (news, arriving) = mpsc::unbounded_channel();
         let (answer, outcome) = oneshot::channel();
-        let queued = Arc::new(AtomicUsize::new(0));
-        let entry = Entry { token, kind, written: false, notices, queued: queued.clone(), answer };
+        let unread: Arc<Unread> = Arc::default();
+        let entry = Entry { token, kind, written: false, news, unread: unread.clone(), answer };
         state.calls.insert(id, entry);
-        Ok(Ticket { calls: self.clone(), id, notices: arriving, queued, outcome })
+        Ok(Ticket { calls: self.clone(), id, news: arriving, unread, outcome })
     }
 
     /// Sends a notification.
@@ -205,15 +265,39 @@ impl Calls {
         }
     }
 
+    /// Sends a request whose answer nobody waits for: it will find no call.
+    pub(super) async fn tell(&self, method: &Method, params: &Params) -> Result<(), UpstreamError> {
+        let id = {
+            let mut state = self.lock();
+            state.next += 1;
+            state.next - 1
+        };
+        self.notify(crate::protocol::request_json(&RequestId::from(id), method, params)).await
+    }
+
+    /// Answers the other side as soon as there is room.
+    pub(super) async fn reply(&self, id: &RequestId, answer: Result<Bytes, RpcError>) {
+        // Without a connection nobody waits for it.
+        let _ = self.replies.send(reply_json(id, answer)).await;
+    }
+
+    /// Answers the other side if there is room.
+    pub(super) fn reply_now(&self, id: &RequestId, answer: Result<Bytes, RpcError>) {
+        if id.as_str().len() > LONGEST_ID || self.replies.try_send(reply_json(id, answer)).is_err() {
+            tracing::debug!(upstream = %self.upstream, "it asks faster than it reads");
+        }
+    }
+
     /// Whether the call is still wanted. From now on, dropping it tells the other side.
     pub(super) fn begin_to_write(&self, id: u64) -> bool {
-        match self.lock().calls.get_mut(&id) {
-            Some(entry) => {
-                entry.written = true;
-                true
-            }
-            None => false,
+        let mut state = self.lock();
+        let State { calls, questions, .. } = &mut *state;
+        let Some(entry) = calls.get_mut(&id) else { return false };
+        entry.written = true;
+        if matches!(entry.kind, Kind::Plain) {
+            questions.call_begins();
         }
+        true
     }
 
     /// What comes unasked, from now on.
@@ -265,7 +349,7 @@ impl Calls {
     }
 
     /// Gives one incoming line to whom it concerns.
-    pub(super) fn receive(&self, line: Bytes) {
+    pub(super) fn receive(self: &Arc<Self>, line: Bytes) {
         let size = line.len();
         let message = match id_at_the_edge(&line) {
             Some(id) => Message::parse_response(line, &RequestId::from(id)),
@@ -279,7 +363,7 @@ impl Calls {
             Ok(Message::Notification { method, params }) => {
                 self.notified(Notification { method, params }, size)
             }
-            Ok(Message::Request { id, method, .. }) => self.asked(&id, &method),
+            Ok(Message::Request { id, method, params }) => self.asked(id, method, params, size),
             Err(error) => {
                 tracing::debug!(upstream = %self.upstream, %error, size, "skipped a line that is not MCP");
                 if let Some(entry) = error.id.as_ref().and_then(|id| self.take(id)) {
@@ -302,14 +386,18 @@ impl Calls {
 
     fn notified(&self, mut notification: Notification, size: usize) {
         let mut state = self.lock();
-        let State { calls, unsolicited, .. } = &mut *state;
+        let State { calls, unsolicited, questions, .. } = &mut *state;
         let subject = match &notification.method {
             Method::Progress => match notification.params.get("progressToken").and_then(number) {
                 Some(id) => id,
                 None => return,
             },
             Method::Cancelled => {
-                // The other side ends a subscription.
+                // The other side ends a question of its own, or a subscription of ours.
+                let asked = notification.params.get_bytes("requestId").and_then(RequestId::from_json);
+                if asked.is_some_and(|id| questions.withdraw(&id)) {
+                    return;
+                }
                 let Some(id) = notification.params.get("requestId").and_then(number) else { return };
                 if calls.get(&id).is_some_and(Entry::is_listen)
                     && let Some(entry) = calls.remove(&id)
@@ -322,11 +410,14 @@ impl Calls {
             method => {
                 let about = subscription(&notification.params).or_else(|| match is_change(method) {
                     true => None,
-                    false => the_only_one(calls),
+                    false => the_only_one(calls, questions),
                 });
-                match about {
-                    Some(id) => id,
-                    None => {
+                match (about, questions.owner()) {
+                    (Some(id), _) => id,
+                    (None, Some(owner)) if owner.whose() == Whose::One && !is_change(method) => {
+                        return owner.aside().tell(&notification);
+                    }
+                    (None, _) => {
                         if let Some(everybody) = unsolicited {
                             // Nobody may be listening.
                             let _ = everybody.send(notification);
@@ -359,31 +450,42 @@ impl Calls {
         }
     }
 
-    /// The gateway declared no capabilities on a shared connection, so nothing but `ping` is fine.
-    fn asked(&self, id: &RequestId, method: &Method) {
-        let line = match method {
-            Method::Ping => format!(r#"{{"jsonrpc":"2.0","id":{},"result":{{}}}}"#, id.as_str()),
-            _ => {
-                tracing::debug!(upstream = %self.upstream, %method, "refused a request to the client");
-                let error = RpcError::new(code::METHOD_NOT_FOUND, "the client cannot be asked this");
-                let error = translate::text(error.as_bytes());
-                format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, id.as_str())
-            }
-        };
-        // One that asks faster than it reads goes without some answers.
-        let _ = self.queue.try_send(Outgoing { call: None, line: line.into() });
-    }
-
     fn take(&self, id: &RequestId) -> Option<Entry> {
-        self.lock().calls.remove(&number(id.as_str())?)
+        let id = number(id.as_str())?;
+        let mut state = self.lock();
+        state.questions.call_ends(id);
+        state.calls.remove(&id)
     }
 
     fn error(&self, end: &End) -> UpstreamError {
         UpstreamError::new(&self.upstream, end.fault, &*end.reason)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    #[cfg(test)]
+    pub(super) fn open_questions(&self) -> usize {
+        self.lock().questions.open()
+    }
+
+    /// How many notifications wait to be read.
+    #[cfg(test)]
+    pub(super) fn unread(&self) -> usize {
+        self.lock().calls.values().map(|entry| entry.unread.count.load(Ordering::Relaxed)).sum()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The plain calls the other side knows of.
+    pub(super) fn plain(&self) -> impl Iterator<Item = u64> {
+        plain(&self.calls)
+    }
+
+    /// Asks in the stream of a call. `false` when it has just ended.
+    pub(super) fn ask(&self, call: u64, question: ServerRequest) -> bool {
+        self.calls.get(&call).is_some_and(|entry| entry.news.send(News::Question(question)).is_ok())
     }
 }
 
@@ -393,13 +495,7 @@ impl Entry {
     }
 
     fn offer(&self, notification: Notification, size: usize) -> bool {
-        let queued = self.queued.fetch_add(size, Ordering::Relaxed);
-        let fits = queued == 0 || queued + size <= NOTICE_BYTES;
-        let taken = fits && self.notices.try_send(Notice { notification, size }).is_ok();
-        if !taken {
-            self.queued.fetch_sub(size, Ordering::Relaxed);
-        }
-        taken
+        self.unread.add(size) && self.news.send(News::Notice { notification, size }).is_ok()
     }
 }
 
@@ -407,14 +503,15 @@ impl Entry {
 pub(super) struct Ticket {
     calls: Arc<Calls>,
     id: u64,
-    notices: mpsc::Receiver<Notice>,
-    queued: Arc<AtomicUsize>,
+    news: mpsc::UnboundedReceiver<News>,
+    unread: Arc<Unread>,
     outcome: oneshot::Receiver<Result<Payload, End>>,
 }
 
 /// What happens to a call.
 pub(super) enum Event {
     Notification(Notification),
+    Question(ServerRequest),
     Final(Payload),
 }
 
@@ -434,9 +531,16 @@ impl Ticket {
 
     /// What happens next. Nothing comes after [`Event::Final`] or an error.
     pub(super) async fn next(&mut self) -> Result<Event, UpstreamError> {
-        if let Some(notice) = self.notices.recv().await {
-            self.queued.fetch_sub(notice.size, Ordering::Relaxed);
-            return Ok(Event::Notification(notice.notification));
+        while let Some(news) = self.news.recv().await {
+            match news {
+                News::Notice { notification, size } => {
+                    self.unread.remove(size);
+                    return Ok(Event::Notification(notification));
+                }
+                // The call is over: nobody waits for an answer any more.
+                News::Question(_) if self.news.is_closed() => {}
+                News::Question(question) => return Ok(Event::Question(question)),
+            }
         }
         match (&mut self.outcome).await {
             Ok(Ok(payload)) => Ok(Event::Final(payload)),
@@ -467,10 +571,12 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let entry = self.calls.lock().calls.remove(&self.id);
-        if entry.is_some_and(|entry| entry.written) {
-            let _ = self.calls.urgent.send(Urgent::Cancel(self.id));
+        let mut state = self.calls.lock();
+        let Some(entry) = state.calls.remove(&self.id).filter(|entry| entry.written) else { return };
+        if matches!(entry.kind, Kind::Plain) {
+            state.questions.call_cancelled(self.id);
         }
+        let _ = self.calls.urgent.send(Urgent::Cancel(self.id));
     }
 }
 
@@ -482,13 +588,27 @@ fn is_change(method: &Method) -> bool {
     )
 }
 
-/// Nothing on one channel tells which request a log message is about, unless there is only one.
-fn the_only_one(calls: &HashMap<u64, Entry>) -> Option<u64> {
-    let mut plain = calls.iter().filter(|(_, entry)| matches!(entry.kind, Kind::Plain));
+/// Nothing on one channel tells which request a log message is about, unless there is only one, and none was cancelled
+/// a moment ago. Among calls of one client there is no harm in being wrong.
+fn the_only_one(calls: &HashMap<u64, Entry>, questions: &mut Questions) -> Option<u64> {
+    let is_one = questions.owner().is_some_and(|owner| owner.whose() == Whose::One);
+    let mut plain = plain(calls);
     match (plain.next(), plain.next()) {
-        (Some((id, _)), None) => Some(*id),
+        (Some(id), None) if is_one || !questions.is_haunted() => Some(id),
         _ => None,
     }
+}
+
+fn plain(calls: &HashMap<u64, Entry>) -> impl Iterator<Item = u64> {
+    calls.iter().filter(|(_, entry)| matches!(entry.kind, Kind::Plain) && entry.written).map(|(id, _)| *id)
+}
+
+fn reply_json(id: &RequestId, answer: Result<Bytes, RpcError>) -> Bytes {
+    let (member, body) = match &answer {
+        Ok(result) => ("result", translate::text(result)),
+        Err(error) => ("error", translate::text(error.as_bytes())),
+    };
+    format!(r#"{{"jsonrpc":"2.0","id":{},"{member}":{body}}}"#, id.as_str()).into()
 }
 
 fn subscription(params: &Params) -> Option<u64> {

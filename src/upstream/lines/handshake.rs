@@ -4,18 +4,18 @@
 //! a legacy server and gets `initialize`. Some legacy servers cannot bear the question: they are started once more
 //! and not asked.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::{
     calls::{Kind, Ticket},
+    owner::Owner,
     wire::Wire,
 };
 use crate::{
     error::{Fault, UpstreamError},
-    identity::Client,
     protocol::{Era, McpRequest, Method, Params, Payload, ProtocolVersion, RawObject, code},
     upstream::translate,
 };
@@ -52,17 +52,17 @@ pub(crate) struct Unopened {
     pub(crate) probed: bool,
 }
 
-/// Opens as the `known` era wants it, or finds out.
-pub(crate) async fn open(wire: &Wire, known: Option<Era>) -> Result<Opened, Unopened> {
+/// Opens as the `known` era wants it, or finds out. A legacy peer is told who `owner` is, and may ask them.
+pub(crate) async fn open(wire: &Wire, known: Option<Era>, owner: &Arc<Owner>) -> Result<Opened, Unopened> {
     match known {
-        Some(era) => open_known(wire, era).await.map_err(|error| Unopened { error, probed: false }),
-        None => probe(wire).await,
+        Some(era) => open_known(wire, era, owner).await.map_err(|error| Unopened { error, probed: false }),
+        None => probe(wire, owner).await,
     }
 }
 
-async fn open_known(wire: &Wire, era: Era) -> Result<Opened, UpstreamError> {
+async fn open_known(wire: &Wire, era: Era, owner: &Arc<Owner>) -> Result<Opened, UpstreamError> {
     if era == Era::Legacy {
-        return initialize(wire).await;
+        return initialize(wire, owner).await;
     }
     let answer = ask(wire, Method::Discover, discover_params()).await?.answer().await?;
     match verdict(&answer) {
@@ -73,7 +73,7 @@ async fn open_known(wire: &Wire, era: Era) -> Result<Opened, UpstreamError> {
     }
 }
 
-async fn probe(wire: &Wire) -> Result<Opened, Unopened> {
+async fn probe(wire: &Wire, owner: &Arc<Owner>) -> Result<Opened, Unopened> {
     let again = |error| Unopened { error, probed: true };
     let mut probe = ask(wire, Method::Discover, discover_params()).await.map_err(again)?;
     match timeout(PROBE, probe.answer()).await {
@@ -88,7 +88,7 @@ async fn probe(wire: &Wire) -> Result<Opened, Unopened> {
         Ok(Err(error)) => return Err(again(error)),
         Err(_) => {}
     }
-    let error = match timeout(AFTER_PROBE, initialize(wire)).await {
+    let error = match timeout(AFTER_PROBE, initialize(wire, owner)).await {
         Ok(Ok(opened)) => {
             // It may still answer the question one day.
             probe.forget();
@@ -103,8 +103,8 @@ async fn probe(wire: &Wire) -> Result<Opened, Unopened> {
     }
 }
 
-async fn initialize(wire: &Wire) -> Result<Opened, UpstreamError> {
-    let params = Params::from_value(&translate::initialize_params(&Client::gateway()));
+async fn initialize(wire: &Wire, owner: &Arc<Owner>) -> Result<Opened, UpstreamError> {
+    let params = Params::from_value(&translate::initialize_params(owner.client()));
     let result = match ask(wire, Method::Initialize, params).await?.answer().await? {
         Payload::Raw(result) => result,
         Payload::Error(error) => {
@@ -114,6 +114,7 @@ async fn initialize(wire: &Wire) -> Result<Opened, UpstreamError> {
     };
     let result = RawObject::parse(result)
         .map_err(|e| fail(wire, Fault::Garbled, format!("its initialize result is not an object: {e}")))?;
+    wire.calls().belong_to(owner.clone());
     wire.calls().notify(crate::protocol::notification_json(&Method::Initialized, &Params::default())).await?;
     Ok(Opened::Legacy {
         discover: translate::discover_result(&result),

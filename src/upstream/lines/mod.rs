@@ -3,33 +3,50 @@
 //! All requests share one connection, so ids and progress tokens are the connection's own and are mapped back on the
 //! way to the caller. Above it the protocol is the internal one; a legacy peer is translated here.
 //!
-//! Who does what: `wire` moves lines, `calls` knows who waits for them, `handshake` finds the era.
+//! Who does what: `wire` moves lines, `calls` knows who waits for them, `handshake` finds the era, `owner` is whose the
+//! connection is, `questions` finds whom a legacy peer asks, and a `place` has one connection after another.
 
 mod calls;
 mod handshake;
+mod owner;
+mod place;
+mod questions;
 mod reader;
 #[cfg(test)]
 mod tests;
 mod wire;
 
-use std::{any::Any, sync::Arc};
+use std::{
+    any::Any,
+    sync::{Arc, Mutex, PoisonError},
+};
 
+use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 
-use self::calls::{Calls, Event, Kind, Ticket};
+use self::{
+    calls::{Calls, Event, Kind, Ticket},
+    owner::Whose,
+};
 pub(crate) use self::{
     handshake::{Opened, Unopened, open},
+    owner::Owner,
+    place::Place,
     wire::{Surroundings, Wire},
 };
 use super::{link::Connection, translate};
 use crate::{
     BoxError,
     error::UpstreamError,
+    identity::Affinity,
     protocol::{
-        Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Method, Payload, ProtocolVersion,
-        RawObject,
+        Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Method, Params, Payload, ProtocolVersion,
+        RawObject, ServerName, sign_result,
     },
 };
+
+#[cfg(feature = "client")]
+pub(crate) use self::place::Places;
 
 /// The longest line that is read unless somebody says otherwise.
 pub(crate) const MAX_LINE: usize = 16 * 1024 * 1024;
@@ -38,32 +55,45 @@ pub(crate) const MAX_LINE: usize = 16 * 1024 * 1024;
 pub(crate) struct Lines {
     wire: Wire,
     opened: Opened,
+    /// The level last set with `logging/setLevel`.
+    log_level: Mutex<Option<Bytes>>,
     /// What lives exactly as long as the connection: the process, the task that serves the other end.
     _owned: Box<dyn Any + Send + Sync>,
 }
 
 impl Lines {
     pub(crate) fn new(wire: Wire, opened: Opened, owned: impl Any + Send + Sync) -> Self {
-        Lines { wire, opened, _owned: Box::new(owned) }
+        Lines { wire, opened, log_level: Mutex::default(), _owned: Box::new(owned) }
     }
 
     /// Sends one request or notification, and waits for the first that comes back.
-    pub(crate) async fn call(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+    pub(crate) async fn call(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, BoxError> {
         if request.id().is_none() && request.method().is_notification() {
-            return self.notify(&request).await;
+            return Ok(self.notify(&request).await?);
         }
         match (&self.opened, request.method()) {
             (Opened::Legacy { discover, .. }, Method::Discover) => Ok(McpResponse::raw(discover.clone())),
             (Opened::Legacy { capabilities, .. }, Method::Listen) => {
                 let filter = offered(ListenFilter::of(request.params()), capabilities);
-                self.listen(filter).await
+                Ok(self.listen(filter).await?)
             }
-            _ => self.forward(request).await,
+            (Opened::Legacy { capabilities, .. }, _) => {
+                let params = translate::checked_legacy_params(&request)?;
+                self.follow_log_level(&request, capabilities).await?;
+                Ok(self.forward(request, params).await?)
+            }
+            (Opened::Modern, _) => {
+                let params = translate::modern_params(&request, ProtocolVersion::LATEST);
+                Ok(self.forward(request, params).await?)
+            }
         }
     }
 
-    async fn forward(self: Arc<Self>, request: McpRequest) -> Result<McpResponse, UpstreamError> {
-        let mut params = self.params(&request);
+    async fn forward(
+        self: Arc<Self>,
+        request: McpRequest,
+        mut params: Params,
+    ) -> Result<McpResponse, UpstreamError> {
         let token = params.progress_token();
         // A listener must not keep an upstream alive that nobody else wants any more.
         let (kind, keep) = match request.method() {
@@ -71,6 +101,7 @@ impl Lines {
             _ => (Kind::Plain, Some(self.clone())),
         };
         let ticket = self.wire.calls().register(token.clone(), kind)?;
+        let sign = matches!(self.opened, Opened::Modern).then(|| self.wire.calls().upstream().clone());
         drop(self);
         if let (Some(mut m), Some(_)) = (params.meta().cloned(), token) {
             m.set("progressToken", ticket.id().to_string());
@@ -78,13 +109,42 @@ impl Lines {
         }
         ticket.send(request.method(), &params).await;
         drop((request, params));
-        respond(ticket, keep).await
+        respond(ticket, keep, sign).await
+    }
+
+    /// Tells a legacy peer the level its one client wants. A connection of several has many, and then nobody decides.
+    /// It goes out before the call, so it counts for the call.
+    async fn follow_log_level(
+        &self,
+        request: &McpRequest,
+        capabilities: &RawObject,
+    ) -> Result<(), UpstreamError> {
+        let caller = request.caller();
+        let (Affinity::Session(_), Some(level)) = (&caller.affinity, &caller.client.log_level) else {
+            return Ok(());
+        };
+        let calls = self.wire.calls();
+        if capabilities.get("logging").is_none() || calls.whose() != Some(Whose::One) {
+            return Ok(());
+        }
+        let current = || self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
+        if current().as_ref() == Some(level) {
+            return Ok(());
+        }
+        let mut params = Params::default();
+        params.object_mut().set("level", translate::text(level));
+        calls.tell(&Method::SetLevel, &params).await?;
+        *current() = Some(level.clone());
+        Ok(())
     }
 
     async fn notify(&self, notification: &McpRequest) -> Result<McpResponse, UpstreamError> {
         // These two are about the caller's own connection.
         if !matches!(notification.method(), Method::Cancelled | Method::Initialized) {
-            let params = self.params(notification);
+            let params = match self.opened {
+                Opened::Modern => translate::modern_params(notification, ProtocolVersion::LATEST),
+                Opened::Legacy { .. } => translate::legacy_params(notification),
+            };
             let line = crate::protocol::notification_json(notification.method(), &params);
             self.wire.calls().notify(line).await?;
         }
@@ -117,18 +177,15 @@ impl Lines {
         });
         Ok(McpResponse::new(Payload::Stream(Box::pin(frames))))
     }
-
-    fn params(&self, request: &McpRequest) -> crate::protocol::Params {
-        match self.opened {
-            Opened::Modern => translate::modern_params(request, ProtocolVersion::LATEST),
-            Opened::Legacy { .. } => translate::legacy_params(request),
-        }
-    }
 }
 
 impl Connection for Lines {
     fn is_closed(&self) -> bool {
         self.wire.calls().is_closed()
+    }
+
+    fn why(&self) -> Option<Arc<str>> {
+        self.wire.calls().why()
     }
 }
 
@@ -155,17 +212,27 @@ impl Drop for Held {
     }
 }
 
-/// One payload, or a stream as soon as something comes before the result.
-async fn respond(mut ticket: Ticket, keep: Option<Arc<Lines>>) -> Result<McpResponse, UpstreamError> {
-    let first = match ticket.next().await? {
-        Event::Final(payload) => return Ok(McpResponse::new(payload)),
-        Event::Notification(notification) => Ok(Frame::Notification(notification)),
+/// One payload, or a stream as soon as something comes before the result. A modern peer's result is signed.
+async fn respond(
+    mut ticket: Ticket,
+    keep: Option<Arc<Lines>>,
+    sign: Option<ServerName>,
+) -> Result<McpResponse, UpstreamError> {
+    let signed = move |payload| match &sign {
+        Some(upstream) => sign_result(upstream, payload),
+        None => payload,
     };
-    let rest = stream::unfold(Some((ticket, keep)), |open| async move {
-        let (mut ticket, keep) = open?;
+    let first = match ticket.next().await? {
+        Event::Final(payload) => return Ok(McpResponse::new(signed(payload))),
+        Event::Notification(notification) => Ok(Frame::Notification(notification)),
+        Event::Question(question) => Ok(Frame::Request(question)),
+    };
+    let rest = stream::unfold(Some((ticket, keep, signed)), |open| async move {
+        let (mut ticket, keep, signed) = open?;
         Some(match ticket.next().await {
-            Ok(Event::Notification(n)) => (Ok(Frame::Notification(n)), Some((ticket, keep))),
-            Ok(Event::Final(payload)) => (Ok(Frame::Final(payload)), None),
+            Ok(Event::Notification(n)) => (Ok(Frame::Notification(n)), Some((ticket, keep, signed))),
+            Ok(Event::Question(question)) => (Ok(Frame::Request(question)), Some((ticket, keep, signed))),
+            Ok(Event::Final(payload)) => (Ok(Frame::Final(signed(payload))), None),
             Err(error) => (Err(BoxError::from(error)), None),
         })
     });

@@ -12,8 +12,9 @@ use tokio::{
 
 use super::*;
 use crate::{
-    error::Fault,
-    protocol::{Era, Notification, Params, RequestId, meta},
+    error::{Fault, InvalidParams},
+    identity::{Caller, Client, Principal, SessionToken},
+    protocol::{Era, Notification, Params, RequestId, ServerRequest, Unsolicited, code, meta},
 };
 
 /// The scripted other side.
@@ -74,9 +75,13 @@ fn wire_of(max_line: usize, pipe: usize) -> (Wire, Peer) {
 type Opening = JoinHandle<Result<(Wire, Opened), Unopened>>;
 
 fn probing(known: Option<Era>) -> (Opening, Peer) {
+    probing_for(known, Arc::new(Owner::everybody()))
+}
+
+fn probing_for(known: Option<Era>, owner: Arc<Owner>) -> (Opening, Peer) {
     let (wire, peer) = wire(MAX_LINE);
     let opening = tokio::spawn(async move {
-        let opened = open(&wire, known).await?;
+        let opened = open(&wire, known, &owner).await?;
         Ok((wire, opened))
     });
     (opening, peer)
@@ -106,7 +111,12 @@ fn with_token(token: &str) -> McpRequest {
 }
 
 fn call(lines: &Arc<Lines>, request: McpRequest) -> JoinHandle<Result<McpResponse, UpstreamError>> {
-    tokio::spawn(lines.clone().call(request))
+    let lines = lines.clone();
+    tokio::spawn(async move { lines.call(request).await.map_err(known) })
+}
+
+fn known(error: BoxError) -> UpstreamError {
+    *error.downcast().expect("an upstream's error")
 }
 
 fn json_of(response: McpResponse) -> Bytes {
@@ -373,6 +383,494 @@ async fn a_log_message_that_could_be_anybodys_goes_to_nobody() {
     json_of(two.await.unwrap().unwrap());
 }
 
+#[tokio::test]
+async fn a_flood_of_notifications_costs_neither_the_question_nor_the_result() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let answer = call(&lines, with_token("1").with_caller(caller));
+    let request = peer.expect("tools/call").await;
+    let token = &request["params"]["_meta"]["progressToken"];
+    for n in 0..20_000 {
+        let params = format!(r#"{{"progressToken":{token},"progress":{n}}}"#);
+        peer.say(format!(r#"{{"jsonrpc":"2.0","method":"notifications/progress","params":{params}}}"#)).await;
+    }
+    peer.ask("1", "Sure?").await;
+    peer.sync().await;
+    assert!(lines.wire.calls().unread() <= 256);
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let question = loop {
+        match frames.next().await {
+            Some(Ok(Frame::Notification(_))) => {}
+            Some(Ok(Frame::Request(question))) => break question,
+            other => panic!("no question: {other:?}"),
+        }
+    };
+    question.reply.send(accepted());
+    assert_eq!(peer.line().await.unwrap()["result"]["action"], "accept");
+    peer.answer(&request, r#"{"done":true}"#).await;
+    assert!(matches!(frames.next().await, Some(Ok(Frame::Final(_)))));
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_twice_is_nobody_elses() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    peer.answer(&request, r#"{"n":1}"#).await;
+    peer.answer(&request, r#"{"n":1,"again":true}"#).await;
+    assert_eq!(json_of(answer.await.unwrap().unwrap()), r#"{"n":1}"#);
+    let next = call(&lines, echo(2));
+    let request = peer.expect("tools/call").await;
+    peer.answer(&request, r#"{"n":2}"#).await;
+    assert_eq!(json_of(next.await.unwrap().unwrap()), r#"{"n":2}"#);
+}
+
+#[tokio::test]
+async fn whatever_line_breaks_a_client_writes_it_is_one_message() {
+    let (lines, mut peer) = modern().await;
+    let smuggled = r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"denied"}}"#;
+    let params = format!("{{\"name\":\"echo\",\"arguments\":{{\"a\":\n{smuggled}\r\n}}}}");
+    let request = McpRequest::new(Method::ToolsCall, Params::parse(params.into()).unwrap());
+    let _answer = call(&lines, request);
+    let request = peer.expect("tools/call").await;
+    assert_eq!(request["params"]["name"], "echo");
+    assert_eq!(request["params"]["arguments"]["a"]["params"]["name"], "denied");
+}
+
+#[tokio::test]
+async fn a_modern_peers_questions_are_in_its_name() {
+    let (lines, mut peer) = modern().await;
+    let answer = call(&lines, echo(1));
+    let request = peer.expect("tools/call").await;
+    let asks = r#"{"resultType":"input_required","inputRequests":{"a":{"method":"elicitation/create","params":{"message":"Who?"}}}}"#;
+    peer.answer(&request, asks).await;
+    assert_eq!(json_of(answer.await.unwrap().unwrap()), asks.replace("Who?", "[x] Who?"));
+}
+
+#[tokio::test]
+async fn a_state_that_nobody_gave_out_does_not_reach_a_legacy_peer() {
+    let (lines, mut peer) = legacy().await;
+    let forged = json!({ "name": "echo", "requestState": "forged" });
+    let forged = McpRequest::new(Method::ToolsCall, Params::from_value(&forged));
+    let error = lines.clone().call(forged).await.unwrap_err();
+    assert!(error.is::<InvalidParams>(), "{error}");
+    let answers = json!({ "name": "echo", "inputResponses": {} });
+    let _answer = call(&lines, McpRequest::new(Method::ToolsCall, Params::from_value(&answers)));
+    assert_eq!(peer.expect("tools/call").await["params"], json!({ "name": "echo" }));
+}
+
+// === Questions ===
+
+const ELICITATION: &[u8] = br#"{"elicitation":{},"roots":{},"tasks":{}}"#;
+
+/// A client in a session of its own, which lives as long as the token.
+fn legacy_client() -> (Arc<Caller>, Arc<SessionToken>) {
+    let token = SessionToken::new();
+    let client = Client { info: Some(r#"{"name":"own"}"#.into()), ..modern_client().client.clone() };
+    let affinity = Affinity::Session(token.clone());
+    (Arc::new(Caller { client, affinity, ..(*Caller::anonymous()).clone() }), token)
+}
+
+fn modern_client() -> Arc<Caller> {
+    let client = Client { capabilities: Bytes::from_static(ELICITATION), ..Client::gateway() };
+    Arc::new(Caller { client, principal: Principal::named("a"), ..(*Caller::anonymous()).clone() })
+}
+
+async fn legacy_of(caller: &Caller) -> (Arc<Lines>, Peer) {
+    let (opening, mut peer) = probing_for(Some(Era::Legacy), Arc::new(Owner::of(caller)));
+    let initialize = peer.expect("initialize").await;
+    assert_eq!(initialize["params"]["capabilities"], json!({ "elicitation": declared(caller), "roots": {} }));
+    let own = matches!(caller.affinity, Affinity::Session(_));
+    assert_eq!(initialize["params"]["clientInfo"]["name"], if own { "own" } else { "portcullis" });
+    peer.answer(&initialize, LEGACY).await;
+    let Ok(Ok((wire, opened))) = opening.await else { panic!("it opens") };
+    peer.expect("notifications/initialized").await;
+    (Arc::new(Lines::new(wire, opened, ())), peer)
+}
+
+/// A client of several is described by what it can do, its own by itself.
+fn declared(caller: &Caller) -> Value {
+    match caller.affinity {
+        Affinity::Shared => json!({ "form": {} }),
+        Affinity::Session(_) => json!({}),
+    }
+}
+
+impl Peer {
+    /// Asks a person.
+    async fn ask(&mut self, id: &str, message: &str) {
+        let params = json!({ "message": message, "requestedSchema": {} });
+        self.say(format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"elicitation/create","params":{params}}}"#))
+            .await;
+    }
+
+    async fn refused(&mut self, id: &Value) -> String {
+        let answer = self.line().await.unwrap();
+        assert_eq!(answer["id"], *id, "{answer}");
+        assert_eq!(answer["error"]["code"], -32601, "{answer}");
+        answer["error"]["message"].as_str().unwrap().to_owned()
+    }
+}
+
+fn accepted() -> Payload {
+    Payload::Raw(Bytes::from_static(br#"{"action":"accept"}"#))
+}
+
+async fn question(frames: &mut FrameStream) -> ServerRequest {
+    match frames.next().await {
+        Some(Ok(Frame::Request(question))) => question,
+        other => panic!("no question: {other:?}"),
+    }
+}
+
+fn message(question: &ServerRequest) -> String {
+    question.params.get_string("message").unwrap().into_owned()
+}
+
+#[tokio::test]
+async fn a_question_comes_in_the_only_call_and_its_answer_goes_back_under_its_own_id() {
+    for caller in [modern_client(), legacy_client().0] {
+        let (lines, mut peer) = legacy_of(&caller).await;
+        for id in ["7", "-7", "\"7\"", r#""a\"b""#] {
+            let answer = call(&lines, echo(1).with_caller(caller.clone()));
+            let request = peer.expect("tools/call").await;
+            peer.ask(id, "Which?").await;
+            let mut frames = frames_of(answer.await.unwrap().unwrap());
+            let asked = question(&mut frames).await;
+            assert_eq!((asked.method.as_str(), &*message(&asked)), ("elicitation/create", "[x] Which?"));
+            asked.reply.send(Payload::Raw("{\n\"action\":\r\n\"accept\"}".into()));
+            let id: Value = serde_json::from_str(id).unwrap();
+            let answered = json!({ "jsonrpc": "2.0", "id": id, "result": { "action": "accept" } });
+            assert_eq!(peer.line().await.unwrap(), answered);
+            peer.answer(&request, "{}").await;
+            assert!(matches!(frames.next().await, Some(Ok(Frame::Final(_)))));
+            assert_eq!(lines.wire.calls().open_questions(), 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_the_client_cannot_do_it_is_not_asked() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let _answer = call(&lines, echo(1).with_caller(caller));
+    peer.expect("tools/call").await;
+    for method in ["sampling/createMessage", "tasks/get", "tools/list"] {
+        peer.say(format!(r#"{{"jsonrpc":"2.0","id":5,"method":"{method}","params":{{}}}}"#)).await;
+        assert_eq!(peer.refused(&json!(5)).await, "the client cannot be asked this");
+    }
+}
+
+#[tokio::test]
+async fn a_question_nobody_wants_to_answer_is_refused() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let answer = call(&lines, echo(1).with_caller(caller));
+    let request = peer.expect("tools/call").await;
+    peer.ask("1", "Which?").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    drop(question(&mut frames).await);
+    assert_eq!(peer.refused(&json!(1)).await, "the client cannot be asked this");
+    peer.answer(&request, "{}").await;
+}
+
+#[tokio::test]
+async fn among_several_clients_a_question_that_may_be_anybodys_is_refused() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let (one, two) = (
+        call(&lines, echo(1).with_caller(caller.clone())),
+        call(&lines, echo(2).with_caller(caller.clone())),
+    );
+    let (first, second) = (peer.expect("tools/call").await, peer.expect("tools/call").await);
+    peer.ask("1", "Which?").await;
+    assert_eq!(peer.refused(&json!(1)).await, "cannot tell which call this belongs to");
+    peer.answer(&first, "{}").await;
+    peer.answer(&second, "{}").await;
+    for call in [one, two] {
+        json_of(call.await.unwrap().unwrap());
+    }
+    peer.ask("2", "Which?").await;
+    assert_eq!(peer.refused(&json!(2)).await, "nobody can be asked outside of a call");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_was_cancelled_may_still_be_the_one_that_asks() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let make = |n| call(&lines, echo(n).with_caller(caller.clone()));
+    // Answered all the same, it is gone.
+    let gone = make(1);
+    let cancelled = peer.expect("tools/call").await;
+    gone.abort();
+    peer.expect("notifications/cancelled").await;
+    let answer = make(2);
+    let request = peer.expect("tools/call").await;
+    peer.ask("1", "Whose?").await;
+    assert_eq!(peer.refused(&json!(1)).await, "cannot tell which call this belongs to");
+    let log = r#"{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"whose?"}}"#;
+    peer.say(log).await;
+    peer.answer(&cancelled, "{}").await;
+    peer.ask("2", "Whose?").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let asked = question(&mut frames).await;
+    // Not answered, it is gone after a while.
+    let gone = make(3);
+    peer.expect("tools/call").await;
+    gone.abort();
+    peer.expect("notifications/cancelled").await;
+    peer.ask("3", "Whose?").await;
+    assert_eq!(peer.refused(&json!(3)).await, "cannot tell which call this belongs to");
+    tokio::time::advance(Duration::from_secs(60)).await;
+    peer.ask("4", "Whose?").await;
+    question(&mut frames).await.reply.send(accepted());
+    assert_eq!(peer.line().await.unwrap()["id"], 4);
+    // Withdrawn with its call.
+    peer.answer(&request, "{}").await;
+    assert_eq!(peer.refused(&json!(2)).await, "the call it belongs to is over");
+    asked.reply.send(accepted());
+    peer.sync().await;
+}
+
+#[tokio::test]
+async fn among_calls_of_one_client_a_question_is_asked_until_the_call_that_asked_is_over() {
+    let (caller, _token) = legacy_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let make = |n| call(&lines, echo(n).with_caller(caller.clone()));
+    let old = make(1);
+    let first = peer.expect("tools/call").await;
+    let new = make(2);
+    let second = peer.expect("tools/call").await;
+    peer.ask("1", "Which?").await;
+    let mut frames = frames_of(new.await.unwrap().unwrap());
+    let asked = question(&mut frames).await;
+    // It was not this one that asked, for it is done.
+    peer.answer(&second, "{}").await;
+    assert!(matches!(frames.next().await, Some(Ok(Frame::Final(_)))));
+    drop(asked);
+    let mut frames = frames_of(old.await.unwrap().unwrap());
+    question(&mut frames).await.reply.send(accepted());
+    assert_eq!(peer.line().await.unwrap()["result"]["action"], "accept");
+    peer.ask("2", "Which?").await;
+    let _asked = question(&mut frames).await;
+    peer.answer(&first, "{}").await;
+    peer.refused(&json!(2)).await;
+}
+
+#[tokio::test]
+async fn a_question_the_peer_takes_back_gets_no_answer() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let answer = call(&lines, echo(1).with_caller(caller));
+    peer.expect("tools/call").await;
+    peer.ask("\"q\"", "Which?").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let asked = question(&mut frames).await;
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":"q"}}"#).await;
+    peer.sync().await;
+    asked.reply.send(accepted());
+    peer.ask("\"q\"", "Once more?").await;
+    let again = question(&mut frames).await;
+    assert_eq!(message(&again), "[x] Once more?");
+    again.reply.send(accepted());
+    assert_eq!(peer.line().await.unwrap()["id"], "q");
+    peer.sync().await;
+}
+
+#[tokio::test]
+async fn what_is_asked_at_the_beginning_waits_for_the_first_call() {
+    for caller in [modern_client(), legacy_client().0] {
+        let (lines, mut peer) = legacy_of(&caller).await;
+        peer.say(r#"{"jsonrpc":"2.0","id":1,"method":"roots/list"}"#).await;
+        peer.sync().await;
+        let answer = call(&lines, echo(1).with_caller(caller.clone()));
+        peer.expect("tools/call").await;
+        let mut frames = frames_of(answer.await.unwrap().unwrap());
+        let asked = question(&mut frames).await;
+        assert_eq!(asked.method, Method::RootsList);
+        asked.reply.send(Payload::Raw(Bytes::from_static(br#"{"roots":[]}"#)));
+        assert_eq!(peer.line().await.unwrap()["result"], json!({ "roots": [] }));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn outside_of_calls_one_client_is_asked_where_it_listens_and_several_are_not() {
+    for caller in [modern_client(), legacy_client().0] {
+        let (_lines, mut peer) = legacy_of(&caller).await;
+        peer.ask("1", "Anybody?").await;
+        assert_eq!(peer.refused(&json!(1)).await, "nobody can be asked outside of a call");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn open_questions_are_bounded_and_every_one_is_answered() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let answer = call(&lines, echo(1).with_caller(caller));
+    peer.expect("tools/call").await;
+    for id in 0..100 {
+        peer.ask(&id.to_string(), "Again?").await;
+    }
+    for id in 64..100 {
+        assert_eq!(peer.refused(&json!(id)).await, "too many questions are open");
+    }
+    assert_eq!(lines.wire.calls().open_questions(), 64);
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let mut asked = Vec::new();
+    for _ in 0..64 {
+        asked.push(question(&mut frames).await);
+    }
+    // Nobody answers, and they end all the same.
+    tokio::time::sleep(Duration::from_secs(10 * 60)).await;
+    let mut late = Vec::new();
+    for _ in 0..64 {
+        let answer = peer.line().await.unwrap();
+        assert_eq!(answer["error"]["code"], code::TIMED_OUT);
+        late.push(answer["id"].as_u64().unwrap());
+    }
+    late.sort_unstable();
+    assert_eq!(late, Vec::from_iter(0..64));
+    assert_eq!(lines.wire.calls().open_questions(), 0);
+}
+
+#[tokio::test]
+async fn whoever_asks_much_on_a_shared_connection_is_refused_as_often() {
+    let (_lines, mut peer) = legacy().await;
+    for id in 0..200 {
+        peer.ask(&id.to_string(), "Anybody?").await;
+    }
+    for id in 0..200 {
+        assert_eq!(peer.refused(&json!(id)).await, "the client cannot be asked this");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_connection_that_ends_with_open_questions() {
+    let caller = modern_client();
+    let (lines, mut peer) = legacy_of(&caller).await;
+    let answer = call(&lines, echo(1).with_caller(caller));
+    peer.expect("tools/call").await;
+    peer.ask("1", "Which?").await;
+    let mut frames = frames_of(answer.await.unwrap().unwrap());
+    let asked = question(&mut frames).await;
+    let calls = Arc::downgrade(lines.wire.calls());
+    drop(peer);
+    assert!(frames.next().await.unwrap().is_err());
+    drop((lines, frames));
+    while calls.strong_count() > 0 {
+        tokio::task::yield_now().await;
+    }
+    asked.reply.send(accepted());
+}
+
+#[tokio::test]
+async fn the_level_of_the_one_client_is_followed_and_that_of_several_is_not() {
+    const LOGS: &str = r#"{"protocolVersion":"2025-06-18","capabilities":{"logging":{}}}"#;
+    for (caller, followed) in [(legacy_client().0, true), (modern_client(), false)] {
+        let (opening, mut peer) = probing_for(Some(Era::Legacy), Arc::new(Owner::of(&caller)));
+        let initialize = peer.expect("initialize").await;
+        peer.answer(&initialize, LOGS).await;
+        let Ok(Ok((wire, opened))) = opening.await else { panic!("it opens") };
+        peer.expect("notifications/initialized").await;
+        let lines = Arc::new(Lines::new(wire, opened, ()));
+        for (level, told) in [("info", true), ("info", false), ("error", true)] {
+            let mut caller = (*caller).clone();
+            caller.client.log_level = Some(json!(level).to_string().into());
+            let _answer = call(&lines, echo(1).with_caller(Arc::new(caller)));
+            if followed && told {
+                let set = peer.expect("logging/setLevel").await;
+                assert_eq!(set["params"], json!({ "level": level }));
+                peer.answer(&set, "{}").await;
+            }
+            let request = peer.expect("tools/call").await;
+            peer.answer(&request, "{}").await;
+        }
+    }
+}
+
+// === Places ===
+
+fn place(caller: &Caller) -> (Place, Arc<std::sync::Mutex<Option<Wire>>>, Peer) {
+    let (wire, peer) = wire(MAX_LINE);
+    (
+        Place::new(&"x".parse().unwrap(), Arc::new(Owner::of(caller))),
+        Arc::new(std::sync::Mutex::new(Some(wire))),
+        peer,
+    )
+}
+
+#[tokio::test]
+async fn a_client_that_listens_hears_what_its_own_peer_says_outside_of_calls() {
+    let (caller, _token) = legacy_client();
+    let (place, wire, mut peer) = place(&caller);
+    let connect = |owner: Arc<Owner>| {
+        let wire = wire.lock().unwrap().take();
+        async move {
+            let wire = wire.expect("nobody connected before");
+            let opened = open(&wire, Some(Era::Legacy), &owner).await.map_err(|unopened| unopened.error)?;
+            Ok(Lines::new(wire, opened, ()))
+        }
+    };
+    // Neither of these is a reason to connect.
+    let mut unsolicited = McpRequest::bare(Method::Listen).with_caller(caller.clone());
+    unsolicited.extensions_mut().insert(Unsolicited);
+    let mut told = frames_of(place.call(unsolicited, connect).await.unwrap());
+    let changed = McpRequest::bare(Method::from("notifications/roots/list_changed"));
+    place.call(changed.clone(), connect).await.unwrap();
+
+    let (answered, ()) = tokio::join!(place.call(echo(1).with_caller(caller.clone()), connect), async {
+        let initialize = peer.expect("initialize").await;
+        peer.answer(&initialize, LEGACY).await;
+        peer.expect("notifications/initialized").await;
+        let request = peer.expect("tools/call").await;
+        peer.answer(&request, "{}").await;
+    });
+    json_of(answered.unwrap());
+    place.call(changed, connect).await.unwrap();
+    peer.expect("notifications/roots/list_changed").await;
+
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#).await;
+    peer.say(r#"{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"hi"}}"#).await;
+    peer.ask("1", "There?").await;
+    assert_eq!(notification(&mut told).await.method, Method::LogMessage);
+    question(&mut told).await.reply.send(accepted());
+    assert_eq!(peer.line().await.unwrap()["result"]["action"], "accept");
+    drop(place);
+    assert!(told.next().await.is_none());
+}
+
+#[tokio::test]
+async fn an_attempt_ends_with_its_place_and_not_with_who_asked() {
+    let (caller, _token) = legacy_client();
+    let (ended, mut over) = tokio::sync::mpsc::channel::<()>(1);
+    let place = Arc::new(Place::new(&"x".parse().unwrap(), Arc::new(Owner::of(&caller))));
+    let asking = tokio::spawn({
+        let place = place.clone();
+        async move {
+            let connect = |_| async move {
+                let _held = ended;
+                pending().await
+            };
+            place.call(echo(1), connect).await
+        }
+    });
+    tokio::task::yield_now().await;
+    asking.abort();
+    assert!(asking.await.is_err());
+    assert!(over.try_recv().is_err_and(|e| e == tokio::sync::mpsc::error::TryRecvError::Empty));
+    drop(place);
+    assert!(over.recv().await.is_none());
+}
+
+#[tokio::test]
+async fn whoever_listens_to_a_shared_place_is_told_nothing_and_does_not_wait() {
+    let place = Place::new(&"x".parse().unwrap(), Arc::new(Owner::everybody()));
+    let mut unsolicited = McpRequest::bare(Method::Listen);
+    unsolicited.extensions_mut().insert(Unsolicited);
+    let answer = place.call(unsolicited, |_| async { panic!("nobody connects") }).await.unwrap();
+    assert!(frames_of(answer).next().await.is_none());
+}
+
 // === Listening ===
 
 fn listen(filter: Value) -> McpRequest {
@@ -607,9 +1105,15 @@ async fn whoever_cannot_bear_the_question_is_to_be_started_again() {
 proptest::proptest! {
     #[test]
     fn nothing_that_comes_in_panics(lines in proptest::collection::vec(r#"[\[\]{}",:a-z0-9\\ e.\-]{0,60}"#, 0..8)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let _inside = runtime.enter();
         let (calls, _outbox) = Calls::new("x".parse().unwrap());
-        let _ticket = calls.register(Some(Bytes::from_static(b"1")), Kind::Plain).unwrap();
-        for line in lines {
+        calls.belong_to(Arc::new(Owner::of(&legacy_client().0)));
+        let ticket = calls.register(Some(Bytes::from_static(b"1")), Kind::Plain).unwrap();
+        calls.begin_to_write(ticket.id());
+        for (n, line) in lines.into_iter().enumerate() {
+            let asks = format!(r#"{{"jsonrpc":"2.0","id":{},"method":"roots/list","params":{line}}}"#, n % 3);
+            calls.receive(asks.into());
             calls.receive(line.into());
         }
     }

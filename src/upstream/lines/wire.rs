@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    calls::{Calls, End, Outbox},
+    calls::{Calls, End, Outbox, Outgoing},
     reader::{Line, LineReader},
 };
 use crate::{error::Fault, protocol::ServerName};
@@ -99,7 +99,7 @@ async fn run<R, W>(
 
 /// Reads until the end. `None` is an orderly one.
 async fn read_all<R: AsyncRead + Unpin>(
-    calls: &Calls,
+    calls: &Arc<Calls>,
     mut reader: LineReader<R>,
     max_line: usize,
 ) -> Option<End> {
@@ -137,10 +137,18 @@ async fn write_all<W: AsyncWrite + Unpin>(
 
 async fn write_lines<W: AsyncWrite + Unpin>(calls: &Calls, write: &mut W, mut outbox: Outbox) -> io::Error {
     loop {
+        // Fair to both: who asks without end must not keep our own calls from being written.
+        let next = async {
+            tokio::select! {
+                Some(outgoing) = outbox.queue.recv() => Some(outgoing),
+                Some(line) = outbox.replies.recv() => Some(Outgoing { call: None, line }),
+                else => None,
+            }
+        };
         let line = tokio::select! {
             biased;
             Some(urgent) = outbox.urgent.recv() => urgent.into_line(),
-            Some(outgoing) = outbox.queue.recv() => match outgoing.call {
+            Some(outgoing) = next => match outgoing.call {
                 Some(id) if !calls.begin_to_write(id) => continue,
                 _ => outgoing.line,
             },
@@ -153,6 +161,17 @@ async fn write_lines<W: AsyncWrite + Unpin>(calls: &Calls, write: &mut W, mut ou
 }
 
 async fn write_line<W: AsyncWrite + Unpin>(write: &mut W, line: Bytes) -> io::Result<()> {
+    let line = one_line(line);
     write.write_all_buf(&mut line.chain(&b"\n"[..])).await?;
     write.flush().await
+}
+
+/// What somebody else wrote may have line breaks between its tokens. Sent as they are, they would break the message in
+/// two, and a client could have a line be a message of its own, past everything that judges requests. Within strings
+/// JSON has none.
+fn one_line(line: Bytes) -> Bytes {
+    if memchr::memchr2(b'\n', b'\r', &line).is_none() {
+        return line;
+    }
+    line.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }).collect()
 }

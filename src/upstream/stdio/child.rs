@@ -115,7 +115,7 @@ impl Nurse {
         };
         let ended_by_itself = status.is_some();
         if ended_by_itself {
-            // What it said last is the best explanation there is.
+            // What it said last is the best explanation there is: the log gets it first.
             let _ = timeout(SOON, &mut draining).await;
             self.report(status, &last_line);
         }
@@ -143,9 +143,11 @@ impl Nurse {
     fn report(&self, status: Option<ExitStatus>, last_line: &Mutex<String>) {
         let status = status.map_or_else(|| "it does not end".to_owned(), |status| status.to_string());
         let last = last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        // What it says may hold secrets: that is for the log, and the status for whoever asks how it is.
+        tracing::debug!(upstream = %self.upstream, status, last_line = last.as_str(), "its process ended");
         let how = match last.is_empty() {
             true => format!("its process ended: {status}"),
-            false => format!("its process ended: {status}; the last line of stderr: {last}"),
+            false => format!("its process ended: {status}; what it said last is in the log"),
         };
         self.exited.send_replace(Some(how));
     }

@@ -3,6 +3,9 @@
 //! The child is started when the first request comes, and again when it has died, with backoff. It lives in a process
 //! group of its own, which ends with the client, and also when the gateway is killed: `process` tells how.
 //!
+//! By default all requests share one child. With [`Isolation::Session`] each client session has one of its own, which
+//! can ask its client and ends with the session.
+//!
 //! ```no_run
 //! use portcullis::{protocol::McpRequest, upstream::{StdioCommand, StdioUpstream}};
 //! use tower::ServiceExt as _;
@@ -36,15 +39,19 @@ use tower::Service;
 
 use self::child::{Graces, Pipes, Process};
 use super::{
-    Transport,
-    lines::{self, Lines, Opened, Surroundings, Unopened, Wire},
-    link::Link,
+    Isolation, Transport,
+    lines::{self, Lines, Opened, Owner, Place, Places, Surroundings, Unopened, Wire},
+    link::ATTEMPT,
 };
 use crate::{
     BoxError,
     error::{Fault, UpstreamError},
+    identity::{AffinityKey, Caller},
     protocol::{Era, McpRequest, McpResponse, ServerName},
 };
+
+/// Children of one upstream, beside the gateway's own. Each is a process of its own, and some are large.
+const MOST_CHILDREN: usize = 64;
 
 /// From the start of the process to the end of the handshake. Some commands download themselves first.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -126,15 +133,20 @@ impl fmt::Debug for StdioCommand {
 /// Replaces the references in a value.
 pub type Resolve = Arc<dyn Fn(&str) -> Result<String, BoxError> + Send + Sync>;
 
-/// A client of one child process, which all requests share. Clones share it too; with the last one and the last call
-/// under way it ends.
+/// A client of one child process, which all requests share, or of one for each client session. Clones share them too;
+/// with the last one and the last call under way they end.
 #[derive(Clone)]
 pub struct StdioUpstream {
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    link: Arc<Link<Lines>>,
+    isolation: Isolation,
+    /// The child that everybody shares. Under isolation it is the gateway's own: it tells what the server offers, so it
+    /// must never be the one for which there is no room.
+    common: Place,
+    /// The children of those who have one of their own.
+    own: Places,
     runner: Runner,
     closing: watch::Sender<bool>,
     living: watch::Sender<()>,
@@ -155,43 +167,63 @@ struct Runner {
 impl StdioUpstream {
     /// A client of `command`, which is not started before the first request.
     pub fn new(name: ServerName, command: StdioCommand) -> Self {
-        Self::with_runner(Runner {
+        let runner = Runner {
             upstream: name,
             command,
             resolve: Arc::new(|value| Ok(value.to_owned())),
             max_line: lines::MAX_LINE,
             graces: Graces::default(),
             era: Arc::default(),
-        })
+        };
+        Self::with(runner, Isolation::Shared)
+    }
+
+    /// The same, with a child for everybody or for each session. To be called before the first request.
+    #[must_use]
+    pub fn with_isolation(self, isolation: Isolation) -> Self {
+        Self::with(self.shared.runner.clone(), isolation)
     }
 
     /// The same, whose command's values go through `resolve` each time it is run. Without it they are taken
     /// literally. To be called before the first request.
     #[must_use]
     pub fn with_resolver(self, resolve: Resolve) -> Self {
-        Self::with_runner(Runner { resolve, ..self.shared.runner.clone() })
+        Self::with(Runner { resolve, ..self.shared.runner.clone() }, self.shared.isolation)
     }
 
     /// The same with another limit to the length of one message. 16 MiB by default: as much as other clients accept.
     /// To be called before the first request.
     #[must_use]
     pub fn with_max_line(self, bytes: usize) -> Self {
-        Self::with_runner(Runner { max_line: bytes, ..self.shared.runner.clone() })
+        Self::with(Runner { max_line: bytes, ..self.shared.runner.clone() }, self.shared.isolation)
     }
 
     #[cfg(test)]
     fn with_graces(self, close: Duration, term: Duration) -> Self {
-        Self::with_runner(Runner { graces: Graces { close, term }, ..self.shared.runner.clone() })
+        Self::with(
+            Runner { graces: Graces { close, term }, ..self.shared.runner.clone() },
+            self.shared.isolation,
+        )
     }
 
-    fn with_runner(runner: Runner) -> Self {
-        let link = Link::new(runner.upstream.clone());
-        let (closing, living) = (watch::Sender::new(false), watch::Sender::new(()));
-        StdioUpstream { shared: Arc::new(Shared { link, runner, closing, living }) }
+    fn with(runner: Runner, isolation: Isolation) -> Self {
+        let owner = match isolation {
+            Isolation::Shared => Owner::everybody(),
+            Isolation::Session => Owner::of(&Caller::anonymous()),
+        };
+        let shared = Shared {
+            isolation,
+            common: Place::new(&runner.upstream, Arc::new(owner)),
+            own: Places::new(runner.upstream.clone(), MOST_CHILDREN, ATTEMPT),
+            runner,
+            closing: watch::Sender::new(false),
+            living: watch::Sender::new(()),
+        };
+        StdioUpstream { shared: Arc::new(shared) }
     }
 
-    /// Ends the child, with everything it has started, and waits until nothing of it is left: at most a little more
-    /// than 4 s. It gets no chance to come back.
+    /// Ends the child or children, with everything they have started, and waits until nothing of them is left: at most
+    /// a little more than 4 s. They get no chance to come back.
     pub async fn shutdown(&self) {
         self.shared.closing.send_replace(true);
         self.shared.living.closed().await;
@@ -199,36 +231,37 @@ impl StdioUpstream {
 }
 
 impl Shared {
-    async fn call(&self, request: McpRequest) -> Result<McpResponse, UpstreamError> {
+    async fn call(&self, request: McpRequest) -> Result<McpResponse, BoxError> {
         let name = &self.runner.upstream;
         if *self.closing.borrow() {
-            return Err(UpstreamError::new(name, Fault::Unreachable, "the gateway has ended it"));
+            return Err(UpstreamError::new(name, Fault::Unreachable, "the gateway has ended it").into());
         }
-        let lines = self
-            .link
-            .get(|| {
-                let (runner, alive) = (self.runner.clone(), self.living.subscribe());
-                let closing = self.closing.subscribe();
-                async move { runner.connect(closing, alive).await }
-            })
-            .await?;
-        let answer = lines.clone().call(request).await;
-        if answer.as_ref().is_err_and(|error| error.fault == Fault::TooLarge) {
-            // One long line says nothing against starting anew at once.
-            self.link.discard(&lines);
+        let connect = |owner| {
+            let (runner, alive) = (self.runner.clone(), self.living.subscribe());
+            let closing = self.closing.subscribe();
+            async move { runner.connect(owner, closing, alive).await }
+        };
+        match self.isolation == Isolation::Shared || is_gateways_own(request.caller()) {
+            true => self.common.call(request, connect).await,
+            false => self.own.call(request, connect).await,
         }
-        answer
     }
+}
+
+/// Whether it is the gateway, or somebody who cannot be told from it.
+fn is_gateways_own(caller: &Caller) -> bool {
+    AffinityKey::of(caller) == AffinityKey::of(&Caller::anonymous())
 }
 
 impl Runner {
     async fn connect(
         self,
+        owner: Arc<Owner>,
         mut closing: watch::Receiver<bool>,
         alive: watch::Receiver<()>,
     ) -> Result<Lines, UpstreamError> {
         let told = closing.clone();
-        let attempt = timeout(CONNECT, self.attempt(&told, &alive));
+        let attempt = timeout(CONNECT, self.attempt(&owner, &told, &alive));
         let failed = tokio::select! {
             outcome = attempt => match outcome {
                 Ok(outcome) => return outcome,
@@ -241,14 +274,15 @@ impl Runner {
 
     async fn attempt(
         &self,
+        owner: &Arc<Owner>,
         closing: &watch::Receiver<bool>,
         alive: &watch::Receiver<()>,
     ) -> Result<Lines, UpstreamError> {
         let known = *self.lock_era();
-        let opened = match self.start(known, closing, alive).await {
+        let opened = match self.start(known, owner, closing, alive).await {
             Err(Unopened { probed: true, error }) => {
                 tracing::debug!(upstream = %self.upstream, %error, "starting again without asking for the era");
-                self.start(Some(Era::Legacy), closing, alive).await
+                self.start(Some(Era::Legacy), owner, closing, alive).await
             }
             outcome => outcome,
         };
@@ -268,6 +302,7 @@ impl Runner {
     async fn start(
         &self,
         known: Option<Era>,
+        owner: &Arc<Owner>,
         closing: &watch::Receiver<bool>,
         alive: &watch::Receiver<()>,
     ) -> Result<(Lines, Era), Unopened> {
@@ -279,7 +314,7 @@ impl Runner {
             closing: Box::pin(told_to_close(closing.clone())),
         };
         let wire = Wire::start(&self.upstream, pipes.stdout, pipes.stdin, around);
-        let opened: Opened = lines::open(&wire, known).await?;
+        let opened: Opened = lines::open(&wire, known, owner).await?;
         let era = opened.era();
         tracing::debug!(upstream = %self.upstream, ?era, "connected");
         Ok((Lines::new(wire, opened, process), era))
@@ -322,10 +357,10 @@ async fn told_to_close(mut closing: watch::Receiver<bool>) {
 
 impl Service<McpRequest> for StdioUpstream {
     type Response = McpResponse;
-    type Error = UpstreamError;
-    type Future = BoxFuture<'static, Result<McpResponse, UpstreamError>>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<McpResponse, BoxError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), UpstreamError>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))
     }
 

@@ -186,6 +186,14 @@ pub(crate) struct Stream {
 impl Stream {
     /// The next message; `None` at the end.
     pub(crate) async fn next(&mut self) -> Option<Bytes> {
+        if self.headers.get("content-type").is_some_and(|kind| kind == "application/json") {
+            // No stream after all: one message is all there is.
+            while let Some(frame) = timeout(PATIENCE, self.body.frame()).await.expect("the rest in time") {
+                self.buffer
+                    .extend_from_slice(&frame.expect("the whole answer").into_data().unwrap_or_default());
+            }
+            return Some(self.buffer.split().freeze()).filter(|body| !body.is_empty());
+        }
         loop {
             if let Some(event) = next_event(&mut self.buffer) {
                 return Some(event);
