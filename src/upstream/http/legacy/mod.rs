@@ -4,8 +4,10 @@
 //! nobody can use it any more, or when the server says it does not know it: then the request, which was not
 //! processed, goes out once more on a new one.
 //!
-//! `session` is what is sent, `reader` what comes back for one request, `stray` what comes for none.
+//! `session` is what is sent, `reader` what comes back for one request, `stray` what comes for none, and `questions`
+//! what the server asks on either.
 
+mod questions;
 mod reader;
 mod session;
 mod stray;

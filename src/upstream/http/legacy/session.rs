@@ -6,7 +6,6 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,14 +18,13 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::{Refusal, briefly, client_of, is_about_us, reader::Reader, stray::Stray};
+use super::{
+    Refusal, briefly, client_of, is_about_us, questions::MOST_QUESTIONS, reader::Reader, stray::Stray,
+};
 use crate::{
     error::{Fault, UpstreamError},
     identity::{Affinity, Caller},
-    protocol::{
-        McpRequest, McpResponse, Message, Method, Params, Payload, RawObject, Reply, RequestId, RpcError,
-        ServerRequest, code, sign_question,
-    },
+    protocol::{McpRequest, McpResponse, Message, Method, Params, Payload, RawObject, RequestId},
     upstream::{
         http::{
             Endpoint, Shared,
@@ -41,10 +39,6 @@ use crate::{
 
 /// What servers say of a session they do not know, other than by the status.
 const NO_SESSION: [i64; 2] = [-32000, -32001];
-/// Questions of one session that are not answered yet.
-const MOST_QUESTIONS: usize = 64;
-/// A person may think this long over one.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10 * 60);
 
 /// One session.
 pub(super) struct Session {
@@ -59,7 +53,7 @@ pub(super) struct Session {
     /// How many streams want updates of a resource.
     pub(super) subscribed: Mutex<HashMap<String, usize>>,
     /// Room for questions.
-    questions: Arc<Semaphore>,
+    pub(super) questions: Arc<Semaphore>,
     /// Becomes true, or is dropped, when the session is over.
     pub(super) ended: watch::Sender<bool>,
     /// The task that holds the stream for unsolicited messages.
@@ -69,9 +63,9 @@ pub(super) struct Session {
 /// Where the messages of a session go, and with what.
 pub(super) struct Way {
     pub(super) wire: Arc<Wire>,
-    uri: Uri,
+    pub(super) uri: Uri,
     /// With version, session id and the configured ones.
-    headers: HeaderMap,
+    pub(super) headers: HeaderMap,
 }
 
 /// Why a GET opened no stream.
@@ -162,7 +156,7 @@ impl Session {
         }
     }
 
-    fn new(way: Way, initialized: RawObject, stray: Arc<Stray>) -> Session {
+    pub(super) fn new(way: Way, initialized: RawObject, stray: Arc<Stray>) -> Session {
         Session {
             way: Arc::new(way),
             initialized,
@@ -260,7 +254,7 @@ impl Session {
     /// Sends, and tells a session that is not known any more from other refusals: the specification has 404 for it,
     /// and servers in the field say 400 with an error that answers no request. A refusal that answers *this* request
     /// is about the request.
-    async fn post(&self, body: Bytes) -> Result<Answer, Refusal> {
+    pub(super) async fn post(&self, body: Bytes) -> Result<Answer, Refusal> {
         let way = &self.way;
         let answer = way.wire.post(&way.uri, post_headers(&way.headers), body).await?;
         let Answer::Refused(status, _, body) = &answer else { return Ok(answer) };
@@ -322,66 +316,6 @@ impl Session {
             tracing::debug!(upstream = %self.way.wire.upstream(), "the upstream did not take the log level");
         }
     }
-
-    /// A question on its way to the client, in the upstream's name. Its answer goes back to this session, whatever
-    /// becomes of the stream it came on. `None` when too many are open already; then this one was refused.
-    pub(super) async fn question(
-        self: &Arc<Self>,
-        id: RequestId,
-        method: Method,
-        params: Params,
-    ) -> Option<ServerRequest> {
-        let Ok(room) = self.questions.clone().try_acquire_owned() else {
-            let error = RpcError::new(code::OVERLOADED, "too many questions are open");
-            self.reply(&id, Payload::Error(error)).await;
-            return None;
-        };
-        let params = sign_question(self.way.wire.upstream(), &method, params);
-        let (reply, answer) = Reply::new();
-        // A session that is over needs no answer, and must not live on for one.
-        let (session, over) = (Arc::downgrade(self), self.over());
-        tokio::spawn(async move {
-            tokio::select! {
-                Ok(payload) = answer => if let Some(session) = session.upgrade() {
-                    session.reply(&id, payload).await;
-                },
-                () = over => {}
-                () = tokio::time::sleep(ANSWER_WITHIN) => if let Some(session) = session.upgrade() {
-                    let error = RpcError::new(code::TIMED_OUT, "the client did not answer");
-                    session.reply(&id, Payload::Error(error)).await;
-                },
-            }
-            drop(room);
-        });
-        Some(ServerRequest { method, params, reply })
-    }
-
-    /// Answers a question of the server.
-    pub(super) async fn reply(&self, id: &RequestId, payload: Payload) {
-        let (member, body) = match payload.to_json() {
-            Some(Ok(result)) => ("result", result),
-            Some(Err(error)) => ("error", error.as_bytes().clone()),
-            None => return,
-        };
-        let message = [
-            b"{\"jsonrpc\":\"2.0\",\"id\":",
-            id.as_bytes().as_ref(),
-            b",\"",
-            member.as_bytes(),
-            b"\":",
-            &body,
-            b"}",
-        ]
-        .concat();
-        if briefly(self.post(message.into())).await.is_none() {
-            tracing::debug!(id = id.as_str(), "the upstream did not take an answer");
-        }
-    }
-
-    /// Answers a ping of the server.
-    pub(super) async fn pong(&self, id: &RequestId) {
-        self.reply(id, Payload::Raw(Bytes::from_static(b"{}"))).await;
-    }
 }
 
 /// The server learns that the session is over.
@@ -433,50 +367,5 @@ impl Drop for CancelOnDrop {
             params.object_mut().set("requestId", id.as_str());
             briefly(session.notify(&Method::Cancelled, &params)).await;
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A session at a server that is not there.
-    fn session() -> Arc<Session> {
-        let wire = Arc::new(Wire::new("up".parse().unwrap(), 1000));
-        let uri = Uri::from_static("http://127.0.0.1:9/mcp");
-        Arc::new(Session::new(
-            Way { wire, uri, headers: HeaderMap::new() },
-            RawObject::empty(),
-            Arc::default(),
-        ))
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn questions_nobody_answers_make_room_after_a_while() {
-        let session = session();
-        let ask = async |n: usize| {
-            let id = RequestId::from(n as u64);
-            session.question(id, Method::RootsList, Params::default()).await
-        };
-        let mut open = Vec::new();
-        for n in 0..MOST_QUESTIONS {
-            open.push(ask(n).await.unwrap());
-        }
-        assert!(ask(100).await.is_none());
-        tokio::time::sleep(ANSWER_WITHIN * 2).await;
-        assert!(ask(101).await.is_some());
-        assert_eq!(open.len(), MOST_QUESTIONS);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_question_keeps_no_session_alive() {
-        let session = session();
-        let held = session.question(RequestId::from(1), Method::RootsList, Params::default()).await.unwrap();
-        let (weak, room) = (Arc::downgrade(&session), session.questions.clone());
-        drop(session);
-        assert!(weak.upgrade().is_none());
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        assert_eq!(room.available_permits(), MOST_QUESTIONS, "its task is over");
-        drop(held);
     }
 }
