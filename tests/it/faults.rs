@@ -4,6 +4,8 @@
 //! answers all the while, and nothing is left behind. Seen from outside, as the kernel sees it: resident memory,
 //! descriptors, processes. What the error says in detail is told in `upstream`, where a gateway is cheap to make.
 
+mod forged;
 mod house;
 mod http;
+mod questions;
 mod stdio;
