@@ -4,6 +4,7 @@
 //! answers all the while, and nothing is left behind. Seen from outside, as the kernel sees it: resident memory,
 //! descriptors, processes. What the error says in detail is told in `upstream`, where a gateway is cheap to make.
 
+mod bursts;
 mod forged;
 mod house;
 mod http;
