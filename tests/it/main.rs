@@ -8,6 +8,8 @@ mod cli;
 #[cfg(feature = "daemon")]
 mod examples;
 #[cfg(feature = "daemon")]
+mod faults;
+#[cfg(feature = "daemon")]
 mod gateway;
 #[cfg(feature = "daemon")]
 mod http;
