@@ -30,6 +30,7 @@ mod response;
 mod result_type;
 mod route;
 mod rpc;
+mod shape;
 mod sign;
 mod version;
 
