@@ -782,9 +782,9 @@ async fn however_calls_are_interleaved_nobody_sees_anothers_question() {
                 let mut asked = 0;
                 for round in 0..15 {
                     let own = u32::try_from(client).unwrap() * 100 + round;
-                    tokio::time::sleep(Duration::from_millis(dice.roll(4))).await;
-                    let patience =
-                        Duration::from_millis(if dice.roll(4) == 0 { dice.roll(5) } else { 10_000 });
+                    tokio::time::sleep(Duration::from_millis(dice.roll(20))).await;
+                    let patience = if dice.roll(8) == 0 { 1 + dice.roll(9) } else { 10_000 };
+                    let patience = Duration::from_millis(patience);
                     let run = run_to_its_end(&lines, echo(own).with_caller(caller.clone()), own);
                     asked += tokio::time::timeout(patience, run).await.unwrap_or(0);
                 }
@@ -856,6 +856,7 @@ async fn asking_peer(mut peer: Peer, mut dice: Dice) {
         if open.is_empty() {
             continue;
         }
+        tokio::time::sleep(Duration::from_millis(dice.roll(3))).await;
         let at = usize::try_from(dice.roll(open.len() as u64)).unwrap();
         let (id, n) = open[at].clone();
         if dice.roll(3) > 0 {
