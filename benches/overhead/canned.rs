@@ -19,7 +19,11 @@ pub(crate) const MARKER: &str = "bench-marker";
 /// The length of the text in the big tool result.
 pub(crate) const LARGE: usize = 100 * 1024;
 
-/// The own name of the `index`th tool. Tool 1 answers with the big result, all others with the small one.
+/// The tool of a legacy upstream that asks something in the middle of its call, and waits.
+pub(crate) const ASKS: usize = 2;
+
+/// The own name of the `index`th tool. Tool 1 answers with the big result, [`ASKS`] asks, all others answer with the
+/// small one.
 pub(crate) fn tool(index: usize) -> String {
     format!("tool_{index:04}")
 }
@@ -53,6 +57,15 @@ pub(crate) struct Canned {
 }
 
 // === impl Era ===
+
+impl Era {
+    pub(crate) fn other(self) -> Era {
+        match self {
+            Era::Modern => Era::Legacy,
+            Era::Legacy => Era::Modern,
+        }
+    }
+}
 
 impl fmt::Display for Era {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -35,8 +35,7 @@ pub(crate) fn all(quick: bool) -> Vec<Case> {
         each(&mut cases, few, era, Work::Small, Some(1.5));
         each(&mut cases, few, era, Work::Large, Some(1.4));
         each(&mut cases, few, era, Work::List, None);
-        let other = if era == Era::Modern { Era::Legacy } else { Era::Modern };
-        cases.push(Case::new(few, other, Work::Small, USUAL, None));
+        cases.push(Case::new(few, era.other(), Work::Small, USUAL, None));
         each(&mut cases, fleet(era, 1, 100), era, Work::List, None);
         each(&mut cases, fleet(era, 1, 1000), era, Work::List, None);
     }

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use memchr::memmem;
 
-use crate::canned::{Era, MARKER};
+use crate::canned::{ASKS, Era, MARKER};
 use crate::cases::Work;
 use crate::load::Wire;
 use crate::measure::{self, median};
-use crate::request::{FIRST_ID, Request};
+use crate::request::{Ask, FIRST_ID, Request};
 use crate::rounds::Plan;
 use crate::stage::{Fleet, Gateway, Stage};
 
@@ -42,6 +42,28 @@ pub(crate) async fn start(stage: &Stage, plan: Plan) -> anyhow::Result<f64> {
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     Ok(median(times))
+}
+
+/// Bytes that 1,000 parked calls take: those of a modern client on a legacy upstream that asks it something.
+pub(crate) async fn parked(stage: &Stage, plan: Plan) -> anyhow::Result<f64> {
+    let gateway = stage.gateway(Fleet { era: Era::Legacy, ..FLEET }).await?;
+    let endpoint = gateway.endpoint(Era::Modern);
+    let ask = Ask::Question(Fleet::exposed(0, ASKS));
+    let mut wire = Wire::connect(endpoint.port).await?;
+    let mut park = async |calls: u64| -> anyhow::Result<u64> {
+        let mut request = Request::new(&endpoint, Era::Modern, None, &ask);
+        for call in 0..calls {
+            let answer = wire.exchange(request.with_id(FIRST_ID + call)).await?;
+            let waits = memmem::find(answer.body, b"input_required").is_some();
+            ensure!(waits, "not parked: {} {}", answer.status, String::from_utf8_lossy(answer.body));
+        }
+        measure::rss(gateway.process.pid())
+    };
+    // The first hundred pay for what is paid once.
+    let before = park(100).await?;
+    let calls = if plan.quick { 100 } else { 1_000 };
+    let after = park(calls).await?;
+    Ok(after.saturating_sub(before) as f64 / calls as f64 * 1_000.0)
 }
 
 /// Tries one call on a new connection; until the socket listens, this fails.

@@ -17,6 +17,9 @@ use crate::stage::{Fleet, Gateway, Stage};
 /// A call on a small gateway may cost so much more on a big one.
 pub(crate) const AIM: f64 = 1.1;
 
+/// A call that is bridged may cost so much more than one that stays in its era.
+pub(crate) const BRIDGE_AIM: f64 = 1.15;
+
 /// Connections over which idle sessions are opened.
 const OPENERS: usize = 16;
 
@@ -50,6 +53,15 @@ impl Growth {
         let big = stage.gateway(self.big).await?;
         calls(stage, &small, &big, plan).await
     }
+}
+
+/// Calls of clients of the upstream's own era, and of the other, on one gateway.
+pub(crate) async fn bridged(stage: &Stage, upstream: Era, plan: Plan) -> anyhow::Result<Comparison> {
+    let fleet = fleet(upstream, 1, 10);
+    let gateway = stage.gateway(fleet).await?;
+    let side =
+        |client| Side::of_gateway(stage, &gateway, &Case::new(fleet, client, Work::Small, USUAL, None));
+    rounds::compare(stage, side(upstream), side(upstream.other()), plan).await
 }
 
 /// The same gateway without and with idle legacy sessions, over a legacy upstream (the harder kind).

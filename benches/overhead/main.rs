@@ -43,6 +43,7 @@ mod upstream;
 
 const SESSIONS: &str = "idle legacy sessions";
 const IDLE: &str = "RSS of an idle daemon";
+const PARKED: &str = "1,000 parked calls";
 const START: &str = "exec to first successful call, warm registry";
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -97,8 +98,18 @@ async fn run(args: &Args) -> anyhow::Result<Report> {
     for growth in growth::all().into_iter().filter(|growth| args.wants(growth.title)) {
         tell(growth.title);
         match bounded(growth.measure(&stage, args.plan)).await {
-            Ok(measured) => report.growth(growth.title, &measured),
+            Ok(measured) => report.growth(growth.title, &measured, growth::AIM),
             Err(error) => report.failure(growth.title, &error),
+        }
+    }
+    for upstream in [Era::Modern, Era::Legacy] {
+        let title = format!("{upstream} client to {} client, {upstream} upstream", upstream.other());
+        if args.wants(&title) {
+            tell(&title);
+            match bounded(growth::bridged(&stage, upstream, args.plan)).await {
+                Ok(measured) => report.growth(&title, &measured, growth::BRIDGE_AIM),
+                Err(error) => report.failure(&title, &error),
+            }
         }
     }
     if args.wants(SESSIONS) {
@@ -109,6 +120,13 @@ async fn run(args: &Args) -> anyhow::Result<Report> {
         match bounded(footprint::idle(&stage, args.plan)).await {
             Ok(bytes) => report.figure(IDLE, bytes as f64 / 1024.0 / 1024.0, 12.0, "MiB"),
             Err(error) => report.failure(IDLE, &error),
+        }
+    }
+    if args.wants(PARKED) {
+        tell(PARKED);
+        match bounded(footprint::parked(&stage, args.plan)).await {
+            Ok(bytes) => report.figure(PARKED, bytes / 1024.0 / 1024.0, 8.0, "MiB"),
+            Err(error) => report.failure(PARKED, &error),
         }
     }
     if args.wants(START) {
@@ -152,7 +170,8 @@ async fn sessions(stage: &Stage, plan: Plan, report: &mut Report) {
     tell(SESSIONS);
     match bounded(growth::sessions(stage, plan)).await {
         Ok(sessions) => {
-            report.growth(&format!("none to {} {SESSIONS}", sessions.count), &sessions.calls);
+            let title = format!("none to {} {SESSIONS}", sessions.count);
+            report.growth(&title, &sessions.calls, growth::AIM);
             let title = format!("memory per idle {} session", Era::Legacy);
             report.figure(&title, sessions.bytes_each / 1024.0, 4.0, "KiB");
         }

@@ -25,6 +25,8 @@ pub(crate) struct Endpoint {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
     Call(String),
+    /// A call of a tool that asks something back.
+    Question(String),
     List,
     Initialize,
     Initialized,
@@ -42,16 +44,24 @@ pub(crate) struct Request {
 impl Ask {
     pub(crate) fn method(&self) -> &'static str {
         match self {
-            Ask::Call(_) => "tools/call",
+            Ask::Call(_) | Ask::Question(_) => "tools/call",
             Ask::List => "tools/list",
             Ask::Initialize => "initialize",
             Ask::Initialized => "notifications/initialized",
         }
     }
 
+    /// What the client declares: what it must, for what it asks.
+    fn capabilities(&self) -> Value {
+        match self {
+            Ask::Question(_) => json!({ "elicitation": {} }),
+            _ => json!({}),
+        }
+    }
+
     fn params(&self) -> Value {
         match self {
-            Ask::Call(name) => {
+            Ask::Call(name) | Ask::Question(name) => {
                 json!({ "name": name, "arguments": { "query": "minutes of March", "limit": 10 } })
             }
             Ask::List | Ask::Initialized => json!({}),
@@ -115,7 +125,7 @@ fn headers<'a>(era: Era, session: Option<&'a str>, ask: &'a Ask) -> Vec<(&'stati
         Era::Modern => {
             headers.push(("MCP-Protocol-Version", MODERN));
             headers.push(("Mcp-Method", ask.method()));
-            if let Ask::Call(name) = ask {
+            if let Ask::Call(name) | Ask::Question(name) = ask {
                 headers.push(("Mcp-Name", name));
             }
         }
@@ -134,7 +144,7 @@ fn body(era: Era, ask: &Ask) -> Value {
         params["_meta"] = json!({
             "io.modelcontextprotocol/protocolVersion": MODERN,
             "io.modelcontextprotocol/clientInfo": { "name": "overhead", "version": "1.0.0" },
-            "io.modelcontextprotocol/clientCapabilities": {}
+            "io.modelcontextprotocol/clientCapabilities": ask.capabilities()
         });
     }
     let mut message = json!({ "jsonrpc": "2.0", "method": ask.method(), "params": params });

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::time::Interval;
 
-use crate::canned::{Canned, Era, Profile, tool};
+use crate::canned::{ASKS, Canned, Era, Profile, tool};
 use crate::process::{self, Announce};
 use crate::request::MODERN;
 
@@ -59,6 +59,7 @@ const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
 struct Upstream {
     counts: [AtomicU64; COUNTED.len()],
     sessions: AtomicU64,
+    questions: AtomicU64,
     profiles: Mutex<HashMap<String, Arc<Canned>>>,
 }
 
@@ -136,12 +137,23 @@ impl Upstream {
             return refuse(StatusCode::BAD_REQUEST, message.id, -32000, "no valid session id provided");
         }
         match message.method {
+            "tools/call" if message.params.name == Some(&tool(ASKS)) => self.question(),
             "tools/call" => call(canned, message),
             "tools/list" => result(message, &canned.list),
             "ping" => result(message, &canned.empty),
             _ if message.id.is_none() => respond(StatusCode::ACCEPTED, Body::empty()),
             _ => refuse(StatusCode::OK, message.id, -32601, "method not found"),
         }
+    }
+
+    /// A stream that asks something and then waits.
+    fn question(&self) -> Response<Body> {
+        let id = self.questions.fetch_add(1, Relaxed);
+        let first = format!(
+            "event: message\ndata: {{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"elicitation/create\",\
+             \"params\":{{\"message\":\"Which one?\",\"requestedSchema\":{{\"type\":\"object\",\"properties\":{{}}}}}}}}\n\n"
+        );
+        stream(first)
     }
 
     fn profile(&self, path: &str) -> anyhow::Result<Arc<Canned>> {
@@ -200,6 +212,11 @@ fn listen(message: &Message<'_>) -> Response<Body> {
          \"notifications\":{{\"toolsListChanged\":true}}}}}}\n\n",
         id(message.id)
     );
+    stream(first)
+}
+
+/// What `first` says, and then comments.
+fn stream(first: String) -> Response<Body> {
     let mut ticks = tokio::time::interval(KEEP_ALIVE);
     ticks.reset();
     let mut response = Response::new(Body::Stream { first: first.into(), ticks });

@@ -18,7 +18,7 @@ pub type FrameStream = Pin<Box<dyn Stream<Item = Result<Frame, BoxError>> + Send
 pub enum Frame {
     /// Something the client may want to know.
     Notification(Notification),
-    /// A legacy upstream asks the client something in the middle of a call.
+    /// A legacy upstream asks the client something: in the middle of a call, or on an [`Unsolicited`] subscription.
     Request(ServerRequest),
     /// The result. Nothing follows.
     Final(Payload),
@@ -34,7 +34,8 @@ pub struct Notification {
 }
 
 /// In the extensions of a `subscriptions/listen` for a legacy client's session: it also wants what its sessions at
-/// legacy upstreams say without being asked, logs above all. Such a subscription opens no session by itself.
+/// legacy upstreams say without being asked, logs above all, and is asked their questions that belong to no call. Such a
+/// subscription opens no session by itself; of several in one session, the newest is asked.
 #[derive(Clone, Copy, Debug)]
 pub struct Unsolicited;
 

@@ -74,11 +74,15 @@ class House:
         wait_for("server-everything to listen", 20, lambda: status(url) is not None)
         return url
 
-    def fixture(self):
-        """Our own fixture server over streamable HTTP; its first line names its URL."""
-        program = self.start("fixture", FIXTURE, "http", "--listen", "127.0.0.1:0")
+    def fixture(self, transport="http"):
+        """Our own fixture server over streamable HTTP or SSE; answers its URL."""
+        return self.listening(f"fixture-{transport}", FIXTURE, transport, "--listen", "127.0.0.1:0")
+
+    def listening(self, name, *command):
+        """Starts a server whose first line names its URL."""
+        program = self.start(name, *command)
         said = "listening on "
-        wait_for("the fixture to listen", 20, lambda: said in program.text() and "\n" in program.text())
+        wait_for(f"{name} to listen", 20, lambda: said in program.text() and "\n" in program.text())
         return program.text().split(said, 1)[1].splitlines()[0].strip()
 
     def gateway(self, servers, *options):

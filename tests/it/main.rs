@@ -8,6 +8,8 @@ mod cli;
 #[cfg(feature = "daemon")]
 mod examples;
 #[cfg(feature = "daemon")]
+mod faults;
+#[cfg(feature = "daemon")]
 mod gateway;
 #[cfg(feature = "daemon")]
 mod http;
@@ -29,3 +31,7 @@ mod stage;
 mod support;
 #[cfg(feature = "daemon")]
 mod upstream;
+#[cfg(feature = "daemon")]
+mod upstream_limits;
+#[cfg(feature = "daemon")]
+mod upstream_streams;

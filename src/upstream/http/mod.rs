@@ -41,8 +41,8 @@ use crate::{
 };
 pub use stream::SseUpstream;
 
-/// One message of more than this is refused: 64 MiB, well above any result a model can use.
-const MESSAGE_LIMIT: usize = 64 << 20;
+/// One message of more than this is refused: 16 MiB, well above any result a model can use.
+const MESSAGE_LIMIT: usize = 16 << 20;
 /// A server that takes longer to answer one question is not there.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const MOST_REDIRECTS: usize = 3;

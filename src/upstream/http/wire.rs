@@ -7,13 +7,13 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri,
-    header::{ACCEPT, CONTENT_TYPE, LOCATION},
+    header::{ACCEPT, CONTENT_ENCODING, CONTENT_TYPE, LOCATION},
 };
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -32,9 +32,12 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const IDLE_CONNECTION: Duration = Duration::from_secs(60);
 /// A refusal's body is read this far: for the log, and to recognise a JSON-RPC error.
 const REFUSAL_LIMIT: usize = 64 * 1024;
+/// What grows beyond this gets all the room it may ever need.
+const LARGE: usize = 1 << 20;
 
 pub(super) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
 pub(super) const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
+pub(super) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 pub(super) const MCP_METHOD: HeaderName = HeaderName::from_static("mcp-method");
 pub(super) const MCP_NAME: HeaderName = HeaderName::from_static("mcp-name");
 
@@ -144,10 +147,17 @@ impl Wire {
 
     async fn read(&self, response: Response<Incoming>) -> Result<Answer, UpstreamError> {
         let (parts, body) = response.into_parts();
+        let coding = coding_of(&parts.headers);
         if !parts.status.is_success() {
-            let body =
-                Limited::new(body, REFUSAL_LIMIT).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
-            return Ok(Answer::Refused(parts.status, parts.headers, body));
+            let body = match coding {
+                None => Limited::new(body, REFUSAL_LIMIT).collect().await.map(|b| b.to_bytes()),
+                Some(_) => Ok(Bytes::new()),
+            };
+            return Ok(Answer::Refused(parts.status, parts.headers, body.unwrap_or_default()));
+        }
+        if let Some(coding) = coding {
+            let error = format!("content encoding {coding:?}, which nobody asked for");
+            return Err(self.error(Fault::Garbled, error));
         }
         let kind = parts.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
@@ -159,17 +169,16 @@ impl Wire {
             let _ = Limited::new(body, REFUSAL_LIMIT).collect().await;
             return Ok(Answer::Accepted);
         }
-        let is_json = kind.eq_ignore_ascii_case("application/json");
-        let body = Limited::new(body, self.limit).collect().await.map_err(|e| match e.downcast() {
-            Ok(e) => self.read_error(ReadError::Cut(*e)),
-            Err(_) => self.read_error(TooLarge { limit: self.limit }.into()),
-        })?;
-        let body = body.to_bytes();
-        match (body.is_empty(), is_json) {
-            (true, _) => Ok(Answer::Accepted),
-            (false, true) => Ok(Answer::Json(parts.headers, body)),
-            (false, false) => Err(self.error(Fault::Garbled, format!("content type {kind:?}"))),
+        if !kind.eq_ignore_ascii_case("application/json") {
+            // Nothing in it is of use, but whether there is something is.
+            return match whole(body, REFUSAL_LIMIT).await {
+                Ok(body) if body.is_empty() => Ok(Answer::Accepted),
+                Err(error @ ReadError::Cut(_)) => Err(self.read_error(error)),
+                _ => Err(self.error(Fault::Garbled, format!("content type {kind:?}"))),
+            };
         }
+        let body = whole(body, self.limit).await.map_err(|e| self.read_error(e))?;
+        Ok(if body.is_empty() { Answer::Accepted } else { Answer::Json(parts.headers, body) })
     }
 
     /// An error of this upstream.
@@ -202,6 +211,49 @@ impl Wire {
     pub(super) fn upstream(&self) -> &ServerName {
         &self.upstream
     }
+}
+
+/// The whole body. One that is too large is refused as soon as that is known, and nothing is copied twice: a body in
+/// one piece stays it, and one in many is gathered in one place that grows.
+async fn whole(mut body: Incoming, limit: usize) -> Result<Bytes, ReadError> {
+    let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if announced > limit {
+        return Err(TooLarge { limit }.into());
+    }
+    let (mut first, mut all) = (Bytes::new(), BytesMut::new());
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(ReadError::Cut)?.into_data() else { continue };
+        if first.len() + all.len() + data.len() > limit {
+            return Err(TooLarge { limit }.into());
+        }
+        if first.is_empty() && all.is_empty() {
+            first = data;
+            continue;
+        }
+        if all.is_empty() {
+            all.reserve(announced);
+            gather(&mut all, &std::mem::take(&mut first), limit);
+        }
+        gather(&mut all, &data, limit);
+    }
+    Ok(if all.is_empty() { first } else { all.freeze() })
+}
+
+/// Adds to what will be hardly more than `limit` bytes. Room costs memory only when something is in it, and a second copy of
+/// something large costs it at once; so what is large does not grow in steps.
+pub(super) fn gather(into: &mut BytesMut, more: &[u8], limit: usize) {
+    let len = into.len() + more.len();
+    if len > LARGE && len > into.capacity() {
+        // The last piece may lead beyond the limit.
+        into.reserve((limit + LARGE).max(len) - into.len());
+    }
+    into.extend_from_slice(more);
+}
+
+/// How the body is encoded. We accept nothing but it as it is.
+fn coding_of(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let is_plain = |value: &[u8]| value.is_empty() || value.eq_ignore_ascii_case(b"identity");
+    headers.get_all(CONTENT_ENCODING).iter().find(|value| !is_plain(value.as_bytes().trim_ascii()))
 }
 
 /// The headers every POST has.

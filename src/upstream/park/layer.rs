@@ -169,7 +169,7 @@ where
                 let payload = match payload {
                     Payload::Stream(frames) => {
                         let rest = Rest { frames, next: None, token: asked.token() };
-                        Payload::Stream(place.watch(rest, asked))
+                        as_said(place.watch(rest, asked))
                     }
                     Payload::Error(error) => place.turned(&asked, error),
                     payload => payload,
@@ -214,6 +214,16 @@ impl Place {
             Parking::Waits(result) => Payload::Raw(result),
             Parking::Full(_) => Payload::Error(error),
         }
+    }
+}
+
+/// A stream that has nothing to say but its result is no stream.
+fn as_said(mut frames: FrameStream) -> Payload {
+    match frames.next().now_or_never() {
+        Some(Some(Ok(Frame::Final(payload)))) => payload,
+        Some(Some(frame)) => Payload::Stream(Box::pin(stream::iter([frame]).chain(frames))),
+        Some(None) => Payload::Stream(Box::pin(stream::empty())),
+        None => Payload::Stream(frames),
     }
 }
 

@@ -1,9 +1,10 @@
-// The one scenario every JavaScript client plays; `sdk1.mjs` and `client2.mjs` only say how to connect.
-// `scenario.py` is its twin: the same checks, by the same names, in the same order.
+// The scenario every JavaScript client plays with real servers; `sdk1.mjs` and `client2.mjs` only say how to
+// connect. `scenario.py` is its twin: the same checks, by the same names, in the same order.
 //
-// The two npm clients have the same method names, so the adapter is small. What the scenario needs of it:
-//   connect() -> { client, transport, wire, logs, call(params, options) }
-// where `wire` is the HTTP traffic (see `recorder`) and `logs` collects log notifications.
+// The two npm clients have the same method names, so the adapter is small. What a scenario needs of it:
+//   connect(url, answers) -> { client, transport, wire, logs, notes, call(params, options) }
+// where `wire` is the HTTP traffic (see `recorder`), `logs` collects log messages and `notes` the other
+// notifications. With `answers`, the client declares sampling, elicitation and roots, and answers by them.
 
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
@@ -305,7 +306,7 @@ const ONE_TOOL_EACH = [
 
 const url = (scene) => new URL(scene.url);
 
-const version = ({ client, transport }) => client.getNegotiatedProtocolVersion?.() ?? transport.protocolVersion;
+export const version = ({ client, transport }) => client.getNegotiatedProtocolVersion?.() ?? transport.protocolVersion;
 
 async function end({ client, transport }) {
   if (transport.sessionId) await transport.terminateSession();
@@ -323,7 +324,7 @@ async function call(scene, server, tool, args) {
 }
 
 // Every page of a list.
-async function all({ client }, method, key) {
+export async function all({ client }, method, key) {
   const items = [];
   let cursor;
   do {
@@ -339,20 +340,20 @@ function unique(names) {
   assert.deepEqual(twice, [], `listed twice: ${twice}`);
 }
 
-function text(result) {
+export function text(result) {
   return result.content.filter((block) => block.type === "text").map((block) => block.text).join("\n");
 }
 
-async function until(ready, what) {
+export async function until(ready, what, limit = 8_000) {
   // server-everything repeats itself every five seconds, so eight are enough to see it once.
-  for (let waited = 0; waited < 8_000; waited += 50) {
+  for (let waited = 0; waited < limit; waited += 50) {
     if (ready()) return;
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
   throw new Error(`waited in vain for ${what}`);
 }
 
-async function within(limit, work) {
+export async function within(limit, work) {
   let timer;
   const late = new Promise((_, reject) => {
     timer = setTimeout(() => reject(new Error(`no answer within ${limit / 1000} s`)), limit);

@@ -1,4 +1,4 @@
-"""The one scenario for Python clients; `mcp2.py` only says how to connect.
+"""The scenario Python clients play with real servers; `mcp2.py` only says how to connect.
 
 `scenario.mjs` is its twin: the same checks, by the same names, in the same order. A check is an async
 function; its decorator says which upstream or era it needs.
@@ -104,7 +104,8 @@ class Wire:
 async def play(label, url, version, connect):
     """Runs the scenario; the exit code is 0 when every check held.
 
-    `connect(url)` is an async context manager that yields an object with `client`, `wire` and `logs`.
+    `connect(url, answers=None)` is an async context manager that yields an object with `client`, `wire`, `logs`
+    and `notes`. With `answers`, the client declares sampling, elicitation and roots, and answers by them.
     """
     scene = Scene(url, version, connect)
     failed = 0
