@@ -43,12 +43,15 @@ pub(super) struct Questions {
     owner: Option<Arc<Owner>>,
     open: HashMap<RequestId, Open>,
     bytes: usize,
+    /// Questions so far. The peer may use an id again; our numbers tell which is which.
+    asked: u64,
     /// Whether any call was made. Before, a question can only come from the peer's own beginning.
     used: bool,
     ghosts: Ghosts,
 }
 
 struct Open {
+    number: u64,
     /// The call it was asked in.
     call: Option<u64>,
     size: usize,
@@ -129,6 +132,15 @@ impl Questions {
         open.is_some()
     }
 
+    /// The question has its answer. Says whether one is still wanted.
+    fn settle(&mut self, question: &Question) -> bool {
+        self.is_open(question) && self.withdraw(&question.id)
+    }
+
+    fn is_open(&self, question: &Question) -> bool {
+        self.open.get(&question.id).is_some_and(|open| open.number == question.number)
+    }
+
     pub(super) fn withdraw_all(&mut self) {
         self.open.clear();
         self.bytes = 0;
@@ -141,6 +153,7 @@ impl Questions {
 }
 
 struct Question {
+    number: u64,
     id: RequestId,
     method: Method,
     params: Params,
@@ -169,7 +182,7 @@ impl Calls {
         match admit(&mut state.questions, &id, &method, &params, size) {
             Ok(Some(owner)) => {
                 let params = sign_question(self.upstream(), &method, params);
-                let question = Question { id, method, params };
+                let question = Question { number: state.questions.asked, id, method, params };
                 // Now, and not in the task: what is under way at this moment is what counts.
                 let first = ask(&mut state, &owner, &question);
                 drop(state);
@@ -208,7 +221,8 @@ fn admit(
         return Err("too many questions are open");
     }
     questions.bytes += size;
-    questions.open.insert(id.clone(), Open { call: None, size, over: None });
+    questions.asked += 1;
+    questions.open.insert(id.clone(), Open { number: questions.asked, call: None, size, over: None });
     Ok(Some(owner))
 }
 
@@ -221,7 +235,7 @@ fn refusal(why: &'static str) -> RpcError {
 
 /// Asks whoever there is no doubt about.
 fn ask(state: &mut State, owner: &Owner, question: &Question) -> Asked {
-    if !state.questions.open.contains_key(&question.id) {
+    if !state.questions.is_open(question) {
         return Asked::Withdrawn;
     }
     let call = match owner.whose() {
@@ -266,7 +280,9 @@ async fn pursue(calls: Arc<Calls>, owner: Arc<Owner>, question: Question, first:
         Ok(None) => return,
         Err(_) => Payload::Error(RpcError::new(code::TIMED_OUT, "nobody answered in time")),
     };
-    calls.lock().questions.withdraw(&question.id);
+    if !calls.lock().questions.settle(&question) {
+        return;
+    }
     let answer = match answer.to_json() {
         Some(answer) => answer,
         None => Err(RpcError::new(code::INTERNAL_ERROR, "the answer is none")),

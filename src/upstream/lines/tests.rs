@@ -745,6 +745,131 @@ async fn whoever_asks_much_on_a_shared_connection_is_refused_as_often() {
 }
 
 #[tokio::test]
+async fn whoever_asks_and_never_reads_blocks_nobody_and_gathers_nothing() {
+    let (ours, theirs) = tokio::io::duplex(1000);
+    let (read, write) = tokio::io::split(ours);
+    let around = Surroundings { max_line: MAX_LINE, gone: Box::pin(pending()), closing: Box::pin(pending()) };
+    let wire = Wire::start(&"x".parse().unwrap(), read, write, around);
+    let (read, write) = tokio::io::split(theirs);
+    let mut peer = Peer { read: BufReader::new(read), write };
+    for id in 0..10_000 {
+        peer.ask(&id.to_string(), "Anybody?").await;
+    }
+    let long = "9".repeat(100_000);
+    peer.ask(&long, "Anybody?").await;
+    let lines = Arc::new(Lines::new(wire, Opened::Modern, ()));
+    let _answer = call(&lines, echo(1));
+    let mut refused = 0;
+    while peer.line().await.unwrap()["method"] != "tools/call" {
+        refused += 1;
+    }
+    assert!(refused < 300, "{refused}");
+}
+
+/// A peer that asks in some calls, late in others, and in calls that were cancelled; and clients that cancel. Each
+/// question says whose it is.
+#[tokio::test(start_paused = true)]
+async fn however_calls_are_interleaved_nobody_sees_anothers_question() {
+    let mut asked = 0;
+    for seed in 0..40 {
+        let caller = modern_client();
+        let (lines, peer) = legacy_of(&caller).await;
+        let peer = tokio::spawn(asking_peer(peer, Dice(seed * 2 + 1)));
+        let clients = (0..3_u64).map(|client| {
+            let (lines, caller) = (lines.clone(), caller.clone());
+            tokio::spawn(async move {
+                let mut dice = Dice(seed * 1000 + client * 7 + 3);
+                let mut asked = 0;
+                for round in 0..15 {
+                    let own = u32::try_from(client).unwrap() * 100 + round;
+                    tokio::time::sleep(Duration::from_millis(dice.roll(20))).await;
+                    let patience = if dice.roll(8) == 0 { 1 + dice.roll(9) } else { 10_000 };
+                    let patience = Duration::from_millis(patience);
+                    let run = run_to_its_end(&lines, echo(own).with_caller(caller.clone()), own);
+                    asked += tokio::time::timeout(patience, run).await.unwrap_or(0);
+                }
+                asked
+            })
+        });
+        for client in clients.collect::<Vec<_>>() {
+            asked += client.await.unwrap();
+        }
+        peer.abort();
+        // What was cancelled is forgotten.
+        tokio::time::advance(Duration::from_secs(61)).await;
+    }
+    assert!(asked > 100, "{asked}");
+}
+
+/// How often it was asked.
+async fn run_to_its_end(lines: &Arc<Lines>, request: McpRequest, own: u32) -> u32 {
+    let mut asked = 0;
+    let mut frames = match lines.clone().call(request).await.unwrap().into_payload() {
+        Payload::Stream(frames) => frames,
+        payload => {
+            assert_eq!(payload.to_value().unwrap()["n"], own);
+            return 0;
+        }
+    };
+    while let Some(frame) = frames.next().await {
+        match frame.unwrap() {
+            Frame::Request(question) => {
+                assert_eq!(message(&question), format!("[x] {own}"));
+                asked += 1;
+                question.reply.send(Payload::Raw(json!({ "n": own }).to_string().into()));
+            }
+            Frame::Final(payload) => assert_eq!(payload.to_value().unwrap()["n"], own),
+            Frame::Notification(_) => {}
+        }
+    }
+    asked
+}
+
+/// Chance that is the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+async fn asking_peer(mut peer: Peer, mut dice: Dice) {
+    // Of each call that is not answered yet: its id and its number.
+    let mut open: Vec<(Value, Value)> = Vec::new();
+    let mut questions = 0;
+    loop {
+        let pause = Duration::from_millis(1 + dice.roll(3));
+        let mut line = String::new();
+        let message = match tokio::time::timeout(pause, peer.read.read_line(&mut line)).await {
+            Ok(_) => serde_json::from_str::<Value>(&line).unwrap(),
+            Err(_) => Value::Null,
+        };
+        if message["method"] == "tools/call" {
+            open.push((message["id"].clone(), message["params"]["arguments"]["n"].clone()));
+        } else if let Some(n) = message["result"]["n"].as_u64() {
+            // An answer reaches the call whose question it is.
+            assert!(message["id"].as_str().unwrap().ends_with(&format!("/{n}")), "{message}");
+        }
+        // Cancelled or not, it goes on with all of them.
+        if open.is_empty() {
+            continue;
+        }
+        tokio::time::sleep(Duration::from_millis(dice.roll(3))).await;
+        let at = usize::try_from(dice.roll(open.len() as u64)).unwrap();
+        let (id, n) = open[at].clone();
+        if dice.roll(3) > 0 {
+            questions += 1;
+            peer.ask(&format!("\"{questions}/{n}\""), &n.to_string()).await;
+        } else {
+            open.swap_remove(at);
+            peer.say(json!({ "jsonrpc": "2.0", "id": id, "result": { "n": n } }).to_string()).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn nothing_is_left_of_a_connection_that_ends_with_open_questions() {
     let caller = modern_client();
     let (lines, mut peer) = legacy_of(&caller).await;

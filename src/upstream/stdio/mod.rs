@@ -52,6 +52,8 @@ use crate::{
 
 /// Children of one upstream, beside the gateway's own. Each is a process of its own, and some are large.
 const MOST_CHILDREN: usize = 64;
+/// Those and others that take their time to end: clients come and go faster than some programs.
+const MOST_PROCESSES: usize = 4 * MOST_CHILDREN;
 
 /// From the start of the process to the end of the handshake. Some commands download themselves first.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -239,7 +241,16 @@ impl Shared {
         let connect = |owner| {
             let (runner, alive) = (self.runner.clone(), self.living.subscribe());
             let closing = self.closing.subscribe();
-            async move { runner.connect(owner, closing, alive).await }
+            let is_full = self.living.receiver_count() > MOST_PROCESSES;
+            async move {
+                match is_full {
+                    true => {
+                        let error = "too many of its processes have not ended yet";
+                        Err(UpstreamError::new(&runner.upstream, Fault::Unreachable, error))
+                    }
+                    false => runner.connect(owner, closing, alive).await,
+                }
+            }
         };
         match self.isolation == Isolation::Shared || is_gateways_own(request.caller()) {
             true => self.common.call(request, connect).await,
