@@ -58,6 +58,12 @@ impl AccessRules {
         self.servers.is_empty()
     }
 
+    /// Whether the server has rules: then what nobody here understands must not reach it, for that could be a way around
+    /// them.
+    pub fn restricts(&self, server: &ServerName) -> bool {
+        self.servers.contains_key(server)
+    }
+
     /// Whether something named `own` at `server`, and `exposed` here, may be seen and called.
     pub fn allows(&self, server: &ServerName, own: &str, exposed: &str) -> bool {
         let Some(rules) = self.servers.get(server) else { return true };
