@@ -124,7 +124,7 @@ impl Uris {
                 skills.map(|(_, s)| &s.server).chain(resources.map(|(_, s)| *s)).all(is_ours)
             };
             let plain = below(root)
-                && self.skill_around(root).is_none_or(|(_, skill)| is_ours(&skill.server))
+                && self.skills_around(root).all(|(_, skill)| is_ours(&skill.server))
                 && self.fitting.all(&own).all(|i| is_ours(&self.templates[i].server));
             let exposed: Arc<str> = if plain { own.clone() } else { spelled(&server, &own).into() };
             let directory = exposed.strip_suffix("SKILL.md").unwrap_or_default().into();
@@ -140,12 +140,11 @@ impl Uris {
         items
     }
 
-    /// The innermost skill whose directory a URI is in, and how much of the URI that is.
-    fn skill_around(&self, uri: &str) -> Option<(usize, &Skill)> {
-        if self.skills.is_empty() {
-            return None;
-        }
-        uri.rmatch_indices('/').find_map(|(at, _)| Some((at + 1, self.skills.get(&uri[..=at])?)))
+    /// The skills whose directories a URI is in, the innermost first, and how much of the URI that is.
+    fn skills_around<'a>(&'a self, uri: &'a str) -> impl Iterator<Item = (usize, &'a Skill)> {
+        let ends = uri.rmatch_indices('/').map(|(at, _)| at + 1);
+        let ends = ends.take_while(|_| !self.skills.is_empty());
+        ends.filter_map(|end| Some((end, self.skills.get(&uri[..end])?)))
     }
 
     /// Where a tool's definition points to, as clients find it here.
@@ -194,7 +193,7 @@ impl Uris {
         if uri.split(['/', '?', '#']).any(is_dots) {
             return None;
         }
-        if let Some((root, skill)) = self.skill_around(uri) {
+        if let Some((root, skill)) = self.skills_around(uri).next() {
             let own = format!("{}{}", skill.own, &uri[root..]);
             return Some(unlisted(&skill.server, &own, Some(&skill.entry)));
         }
@@ -206,8 +205,11 @@ impl Uris {
             return Some(unlisted(&template.server, uri, Some(&template.own)));
         }
         if let Some((server, own)) = self.spelled_for(uri) {
+            // The same rules hold for it as under the spelling it is listed under.
+            let skill = self.skills_around(&own).find(|(_, skill)| skill.server == *server);
             let fits = self.fitting.all(&own).find(|i| self.templates[*i].server == *server);
-            return Some(unlisted(server, &own, fits.map(|i| &self.templates[i].own)));
+            let template = skill.map(|(_, s)| &s.entry).or_else(|| fits.map(|i| &self.templates[i].own));
+            return Some(unlisted(server, &own, template));
         }
         let owner = match self.families.get(family(uri)?) {
             Some(owner) => owner,

@@ -11,7 +11,9 @@ use super::gate::Gate;
 use crate::{
     BoxError,
     identity::Caller,
-    protocol::{Frame, FrameStream, ItemKind, ListenFilter, McpRequest, Method, Notification, Params},
+    protocol::{
+        Frame, FrameStream, ItemKind, ListenFilter, McpRequest, Method, Notification, Params, is_within,
+    },
 };
 
 /// One subscription.
@@ -19,6 +21,8 @@ pub(super) struct Watch {
     gate: Arc<Gate>,
     caller: Arc<Caller>,
     lists: Vec<Watched>,
+    /// The resources whose updates were asked for.
+    uris: Vec<String>,
 }
 
 /// One notification that was asked for, and the lists it is about, as the client was told of them.
@@ -57,7 +61,12 @@ impl Watch {
             kinds,
             told: prints(gate, kinds),
         });
-        Watch { gate: gate.clone(), caller: request.caller().clone(), lists: lists.collect() }
+        Watch {
+            gate: gate.clone(),
+            caller: request.caller().clone(),
+            lists: lists.collect(),
+            uris: filter.uris,
+        }
     }
 
     /// The frames that may be seen.
@@ -101,12 +110,19 @@ impl Watch {
         match notification.method {
             Method::ResourceUpdated => {
                 self.gate.rules().is_empty()
-                    || params.get_string("uri").is_some_and(|uri| self.gate.shows_resource(&uri))
+                    || params.get_string("uri").is_some_and(|uri| self.shows_update(&uri))
             }
             Method::TaskChanged | Method::LegacyTaskChanged => {
                 params.get_string("taskId").is_some_and(|id| self.gate.shows_task(&id, &self.caller))
             }
             _ => true,
         }
+    }
+
+    /// Both count: what was updated, and the resource it is or is part of, which was subscribed to.
+    fn shows_update(&self, uri: &str) -> bool {
+        let about = |subscribed: &&String| **subscribed == *uri || is_within(uri, subscribed);
+        self.gate.shows_resource(uri)
+            && self.uris.iter().filter(about).any(|subscribed| self.gate.shows_resource(subscribed))
     }
 }
