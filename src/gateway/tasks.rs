@@ -587,3 +587,86 @@ async fn list_of(member: &Member, request: &McpRequest, own: HashMap<Arc<str>, E
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{identity::Affinity, identity::SessionToken, protocol::ProtocolVersion};
+
+    fn caller(who: &str, group: Option<&str>, version: ProtocolVersion) -> Caller {
+        Caller {
+            principal: Principal::named(who),
+            scope: group.map_or(Scope::Gateway, |group| Scope::Group(group.into())),
+            client: Client { version, ..Client::gateway() },
+            affinity: Affinity::Shared,
+        }
+    }
+
+    fn task(server: &str, own: &str, tool: &str) -> TaskRoute {
+        let route =
+            Route { server: server.parse().unwrap(), own: own.into(), template: None, definition: None };
+        TaskRoute { route, tool: tool.into(), exposed: format!("{server}_{tool}").into() }
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_leads_its_creator_back_and_nobody_else_anywhere(
+            own in any::<String>(),
+            tool in any::<String>(),
+            who in "[a-z]{1,6}", other in "[a-z]{1,6}",
+            group in prop::option::of("[a-z]{0,3}"), elsewhere in prop::option::of("[a-z]{0,3}"),
+            modern in any::<bool>(),
+        ) {
+            let tasks = Tasks::new(Some([7; 32]));
+            let again = Tasks::new(Some([7; 32]));
+            let version = |modern| if modern { ProtocolVersion::V2026_07_28 } else { ProtocolVersion::V2025_11_25 };
+            let creator = caller(&who, group.as_deref(), version(modern));
+            let kind = TaskKind::of_version(version(modern)).unwrap();
+            let task = task("files", &own, &tool);
+            let id = tasks.close(&creator, kind, &task);
+            prop_assert!(id.is_ascii(), "it stands in a header");
+            prop_assert_eq!(tasks.open(&id, &creator), Some(task.clone()));
+            prop_assert_eq!(again.open(&id, &creator), Some(task.clone()), "also after a restart");
+            prop_assert_eq!(Tasks::new(None).open(&id, &creator), None);
+            prop_assert_eq!(tasks.open(&id, &caller(&who, group.as_deref(), version(!modern))), None);
+            let same = who == other && group == elsewhere;
+            let foreign = caller(&other, elsewhere.as_deref(), version(modern));
+            prop_assert_eq!(tasks.open(&id, &foreign).is_some(), same);
+        }
+
+        #[test]
+        fn made_up_ids_lead_nowhere(id in any::<String>()) {
+            let caller = caller("a", None, ProtocolVersion::LATEST);
+            prop_assert_eq!(Tasks::new(None).open(&id, &caller), None);
+        }
+    }
+
+    #[test]
+    fn the_ledger_forgets_the_oldest_and_ended_sessions() {
+        let tasks = Tasks::new(None);
+        let named = caller("a", None, ProtocolVersion::V2025_11_25);
+        let server: ServerName = "files".parse().unwrap();
+        for i in 0..=MOST_OF_ONE {
+            tasks.remember(&named, task("files", &i.to_string(), "t"), i.to_string());
+        }
+        let known = tasks.remembered(&named, &server);
+        assert_eq!((known.len(), known.contains_key("0")), (MOST_OF_ONE, false));
+        let token = SessionToken::new();
+        let nobody = Caller {
+            principal: Principal::anonymous(),
+            affinity: Affinity::Session(token.clone()),
+            ..named.clone()
+        };
+        tasks.remember(&nobody, task("files", "x", "t"), "x".to_owned());
+        assert_eq!(tasks.remembered(&nobody, &server).len(), 1);
+        drop((nobody, token));
+        tasks.remember(
+            &caller("b", None, ProtocolVersion::V2025_11_25),
+            task("files", "y", "t"),
+            "y".to_owned(),
+        );
+        assert_eq!(tasks.ledger.lock().unwrap().len(), 2);
+    }
+}

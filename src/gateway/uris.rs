@@ -5,6 +5,7 @@
 //! scheme but `ui`, so there the name stands behind the scheme: `ui://files+chart`.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap, HashSet},
     ops::Bound,
     sync::Arc,
@@ -166,8 +167,12 @@ impl Uris {
 
     /// An upstream's URI as clients find it here. `None` when it is the same, or leads nowhere and means nothing to us.
     pub(super) fn spell(&self, server: &ServerName, own: &str) -> Option<String> {
-        let plain = self.find(own)?;
-        (plain.server != *server).then(|| spelled(server, own))
+        let other = match self.find(own) {
+            Some(plain) => plain.server != *server,
+            // A skill may be respelled for what is in its directory.
+            None => self.skill_of(server, own).is_some(),
+        };
+        other.then(|| spelled(server, own))
     }
 
     /// What a template's name stands for.
@@ -197,26 +202,42 @@ impl Uris {
             let own = format!("{}{}", skill.own, &uri[root..]);
             return Some(unlisted(&skill.server, &own, Some(&skill.entry)));
         }
+        let (server, own, template) = self.guess(uri)?;
+        // The same rules hold for a skill's file under every spelling.
+        let template = self.skill_of(server, &own).map(|skill| &skill.entry).or(template);
+        Some(unlisted(server, &own, template))
+    }
+
+    fn guess<'a>(&'a self, uri: &'a str) -> Option<(&'a ServerName, Cow<'a, str>, Option<&'a Arc<str>>)> {
         if let Some(server) = self.linked.get(uri) {
-            return Some(unlisted(server, uri, None));
+            return Some((server, uri.into(), None));
         }
         if let Some(i) = self.fitting.of(uri) {
             let template = &self.templates[i];
-            return Some(unlisted(&template.server, uri, Some(&template.own)));
+            return Some((&template.server, uri.into(), Some(&template.own)));
         }
         if let Some((server, own)) = self.spelled_for(uri) {
-            // The same rules hold for it as under the spelling it is listed under.
-            let skill = self.skills_around(&own).find(|(_, skill)| skill.server == *server);
             let fits = self.fitting.all(&own).find(|i| self.templates[*i].server == *server);
-            let template = skill.map(|(_, s)| &s.entry).or_else(|| fits.map(|i| &self.templates[i].own));
-            return Some(unlisted(server, &own, template));
+            return Some((server, own.into(), fits.map(|i| &self.templates[i].own)));
         }
         let owner = match self.families.get(family(uri)?) {
             Some(owner) => owner,
             None if uri.starts_with("skill://") => &self.skilled,
             None => return None,
         };
-        Some(unlisted(owner.as_ref()?, uri, None))
+        Some((owner.as_ref()?, uri.into(), None))
+    }
+
+    /// The skill of one upstream that its URI is in.
+    fn skill_of(&self, server: &ServerName, own: &str) -> Option<&Skill> {
+        if self.skills.is_empty() {
+            return None;
+        }
+        let of = |uri: &str| {
+            let mut ends = uri.rmatch_indices('/').map(|(at, _)| at + 1);
+            ends.find_map(|end| self.skills.get(&uri[..end]).filter(|skill| skill.server == *server))
+        };
+        of(own).or_else(|| of(&spelled(server, own)))
     }
 
     /// `files+demo://x` is `demo://x` of the upstream `files`.
@@ -370,4 +391,70 @@ fn as_glob(template: &str) -> (String, usize) {
     }
     glob.push_str(&globset::escape(rest));
     (glob, literal + rest.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A URI that may be anybody's.
+    fn uri() -> impl Strategy<Value = String> {
+        "(ui://|demo://|skill://|a\\+demo://)[ab](/[ab]){0,2}"
+    }
+
+    proptest! {
+        /// Whatever the catalogs: what is listed is found, is its own upstream's, and has a name of its own; and an
+        /// upstream's URI, spelled as it is spelled here, leads back to it.
+        #[test]
+        fn every_spelling_leads_back(
+            resources in prop::collection::vec(("[ab]", prop::collection::vec(uri(), 0..6)), 0..3),
+            skills in prop::collection::vec(prop::collection::vec("[ab](/[ab]){0,2}", 0..4), 3),
+            links in prop::collection::vec(uri(), 0..4),
+        ) {
+            let catalogs: Vec<(ServerName, Arc<Catalog>)> = resources
+                .iter()
+                .zip(&skills)
+                .enumerate()
+                .map(|(i, ((name, uris), skills))| {
+                    let record = json!({
+                        "discover": { "capabilities": { "resources": {} } },
+                        "tools": [], "prompts": [], "templates": [],
+                        "resources": uris.iter().map(|uri| json!({ "uri": uri })).collect::<Vec<_>>(),
+                        "skills": skills
+                            .iter()
+                            .map(|path| json!({ "uri": format!("skill://{path}/SKILL.md") }))
+                            .collect::<Vec<_>>(),
+                    });
+                    let record = serde_json::from_str(&record.to_string()).unwrap();
+                    (format!("{name}{i}").parse().unwrap(), Arc::new(Catalog::from_record(&record)))
+                })
+                .collect();
+            let Merged { mut uris, resources, templates: _, skills } = Uris::merge(&catalogs);
+            let mut names = HashSet::new();
+            for item in resources.iter().chain(&skills) {
+                let route = uris.find(&item.exposed).expect("what is listed is found");
+                prop_assert_eq!((&route.server, &route.own), (&item.server, &item.own), "{}", item.exposed);
+                let spelled = uris.spell(&item.server, &item.own).unwrap_or_else(|| item.own.to_string());
+                let route = uris.find(&spelled).expect("what is spelled here is found");
+                prop_assert_eq!((&route.server, &route.own), (&item.server, &item.own), "{}", spelled);
+            }
+            for item in &resources {
+                prop_assert!(names.insert(item.exposed.clone()), "{}", item.exposed);
+            }
+            for (server, _) in &catalogs {
+                for link in &links {
+                    let exposed = uris.link(server, link).unwrap_or_else(|| link.clone());
+                    let route = uris.find(&exposed).expect("a link leads somewhere");
+                    prop_assert_eq!((&route.server, &*route.own), (server, &**link), "{}", exposed);
+                }
+            }
+        }
+
+        #[test]
+        fn finding_never_panics(uri in any::<String>()) {
+            let _ = Uris::default().find(&uri);
+        }
+    }
 }
