@@ -110,7 +110,9 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
     };
     let method = request.method().clone();
     let rules = request.extensions().get::<InForce>().cloned();
-    let response = call.answered(member.service.clone().oneshot(request).await?);
+    let caller = request.caller().clone();
+    let response = member.service.clone().oneshot(request).await?;
+    let response = call.answered(shared, &caller, member, response);
     let response = match renamed {
         // The answer names the URI again; the client asked for another spelling.
         Some(exposed) if method == Method::ResourcesRead => {
@@ -148,7 +150,7 @@ async fn forward_unnamed(
         }
         Method::TasksList => tasks::list(shared, view, &request).await,
         method if method.is_notification() && request.id().is_none() => Ok(vendor::tell(view, &request)),
-        _ => vendor::ask(view, request).await,
+        _ => vendor::ask(shared, view, request).await,
     }
 }
 

@@ -39,8 +39,10 @@ use crate::{
 
 /// Tasks remembered of one client. The oldest are forgotten first.
 const MOST_OF_ONE: usize = 1024;
-/// Clients whose tasks are remembered.
-const MOST_OWNERS: usize = 16_384;
+/// Tasks remembered of all. Who has most of them forgets first.
+const MOST_OF_ALL: usize = 65_536;
+/// The longest id that is remembered.
+const LONGEST_ID: usize = 1024;
 /// Pages of one upstream's `tasks/list`.
 const MOST_PAGES: usize = 100;
 
@@ -108,21 +110,33 @@ impl Tasks {
     }
 
     fn remember(&self, caller: &Caller, task: TaskRoute, id: String) {
+        if task.route.own.len() > LONGEST_ID {
+            return;
+        }
         let owner = Owner::of(caller);
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         if !ledger.contains_key(&owner) {
             ledger.retain(|owner, _| owner.is_live());
-            if ledger.len() >= MOST_OWNERS
-                && let Some(any) = ledger.keys().next().cloned()
-            {
-                ledger.remove(&any);
-            }
+        }
+        if ledger.values().map(VecDeque::len).sum::<usize>() >= MOST_OF_ALL
+            && let Some(most) = ledger.values_mut().max_by_key(|entries| entries.len())
+        {
+            most.pop_front();
         }
         let entries = ledger.entry(owner).or_default();
         if entries.len() >= MOST_OF_ONE {
             entries.pop_front();
         }
         entries.push_back(Entry { task, id });
+        ledger.retain(|_, entries| !entries.is_empty());
+    }
+
+    /// The id under which the caller knows a task of an upstream, if it is the caller's.
+    fn id_of(&self, caller: &Caller, server: &ServerName, own: &str) -> Option<String> {
+        let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = ledger.get(&Owner::of(caller))?.iter();
+        let is_it = |route: &Route| route.server == *server && *route.own == *own;
+        entries.find(|entry| is_it(&entry.task.route)).map(|entry| entry.id.clone())
     }
 
     /// What the caller created at an upstream.
@@ -258,13 +272,17 @@ impl Call {
     }
 
     /// The answer, with ids the client may use.
-    pub(super) fn answered(self, response: McpResponse) -> McpResponse {
+    pub(super) fn answered(
+        self,
+        shared: &Arc<Shared>,
+        caller: &Arc<Caller>,
+        member: &Member,
+        response: McpResponse,
+    ) -> McpResponse {
         match self {
-            Call::Plain => response,
-            Call::Guarded => response.map_final(|payload| match is_task(&payload) {
-                true => Payload::Error(undeclared()),
-                false => payload,
-            }),
+            Call::Plain => own_only(shared, caller, member, response),
+            Call::Guarded => own_only(shared, caller, member, response)
+                .map_final(|payload| if is_task(&payload) { Payload::Error(undeclared()) } else { payload }),
             Call::Tracked(ids) => ids.over(response, Method::ToolsCall),
         }
     }
@@ -295,27 +313,27 @@ impl Ids {
         Ids { shared: shared.clone(), caller: request.caller().clone(), kind, task, known: HashMap::new() }
     }
 
-    /// The id the client knows, or from now on knows.
-    fn exposed(&mut self, own: &str) -> String {
-        if let Some(id) = self.known.get(own) {
-            return id.clone();
+    /// The id of a task that began here, which the client knows from now on. Only the result of the call makes one: on
+    /// a connection that many share, anything else may be about somebody else's task.
+    fn begun(&mut self, own: &str) -> String {
+        if let Some(id) = self.known(own) {
+            return id;
         }
+        let route = Route { own: own.into(), ..self.task.route.clone() };
+        let task = TaskRoute { route, ..self.task.clone() };
         let tasks = &self.shared.tasks;
-        let before = match self.kind {
-            TaskKind::Experiment => tasks.remembered(&self.caller, &self.task.route.server).remove(own),
-            TaskKind::Extension => None,
-        };
-        let id = before.map(|entry| entry.id).unwrap_or_else(|| {
-            let route = Route { own: own.into(), ..self.task.route.clone() };
-            let task = TaskRoute { route, ..self.task.clone() };
-            let id = tasks.close(&self.caller, self.kind, &task);
-            if self.kind == TaskKind::Experiment {
-                tasks.remember(&self.caller, task, id.clone());
-            }
-            id
-        });
+        let id = tasks.close(&self.caller, self.kind, &task);
+        if self.kind == TaskKind::Experiment {
+            tasks.remember(&self.caller, task, id.clone());
+        }
         self.known.insert(own.to_owned(), id.clone());
         id
+    }
+
+    /// The id under which the client knows a task, if it does.
+    fn known(&self, own: &str) -> Option<String> {
+        let remembered = || self.shared.tasks.id_of(&self.caller, &self.task.route.server, own);
+        self.known.get(own).cloned().or_else(remembered)
     }
 
     /// Params on their way to the upstream: a task they are said to belong to is one of its own.
@@ -343,11 +361,16 @@ impl Ids {
     }
 
     fn over_frames(mut self, frames: FrameStream, method: Method) -> FrameStream {
-        Box::pin(frames.map(move |frame| {
-            Ok(match frame? {
-                Frame::Notification(notification) => Frame::Notification(self.notification(notification)),
-                Frame::Request(question) => Frame::Request(self.question(question)),
-                Frame::Final(payload) => Frame::Final(self.result(payload, &method)),
+        Box::pin(frames.filter_map(move |frame| {
+            let server = &self.task.route.server;
+            let known = |own: &str| self.known(own);
+            future::ready(match frame {
+                Ok(Frame::Notification(n)) => {
+                    rename_notification(server, n, known).map(|n| Ok(Frame::Notification(n)))
+                }
+                Ok(Frame::Request(q)) => rename_question(q, known).map(|q| Ok(Frame::Request(q))),
+                Ok(Frame::Final(payload)) => Some(Ok(Frame::Final(self.result(payload, &method)))),
+                Err(error) => Some(Err(error)),
             })
         }))
     }
@@ -362,32 +385,23 @@ impl Ids {
             return payload;
         }
         let Some(mut result) = payload.to_object() else { return payload };
-        let mut changed = flat && rename(&mut result, "taskId", |own| Some(self.exposed(own)));
-        if let (Method::ToolsCall, Some(mut task)) = (method, result.get_object("task"))
-            && rename(&mut task, "taskId", |own| Some(self.exposed(own)))
+        let begins = *method == Method::ToolsCall;
+        let mut name = |own: &str| if begins { Some(self.begun(own)) } else { self.known(own) };
+        let mut changed = flat && rename(&mut result, "taskId", &mut name);
+        if let (true, Some(mut task)) = (begins, result.get_object("task"))
+            && rename(&mut task, "taskId", &mut name)
         {
             result.set("task", task.as_str());
             changed = true;
         }
         if let Some(mut m) = result.get_object("_meta")
-            && rename_related(&mut m, |own| Some(self.exposed(own)))
+            && rename_related(&mut m, &mut name)
         {
             result.set("_meta", m.as_str());
             changed = true;
         }
         changed |= flat && sign_questions(&self.task.route.server, &mut result);
         if changed { Payload::Raw(result.into_bytes()) } else { payload }
-    }
-
-    fn notification(&mut self, notification: Notification) -> Notification {
-        let server = self.task.route.server.clone();
-        let renamed = rename_notification(&server, notification, |own| Some(self.exposed(own)));
-        renamed.unwrap_or_else(|| unreachable!("every id gets one"))
-    }
-
-    fn question(&mut self, question: ServerRequest) -> ServerRequest {
-        rename_question(question, |own| Some(self.exposed(own)))
-            .unwrap_or_else(|| unreachable!("every id gets one"))
     }
 }
 
@@ -494,7 +508,25 @@ fn sign_questions(server: &ServerName, task: &mut RawObject) -> bool {
     changed
 }
 
-/// What an upstream says to a session without being asked, as far as it is about the session's own tasks.
+/// The answer of an upstream with tasks to a request that is not about any: what comes along about tasks is the
+/// client's own, or is left out.
+pub(super) fn own_only(
+    shared: &Arc<Shared>,
+    caller: &Arc<Caller>,
+    member: &Member,
+    response: McpResponse,
+) -> McpResponse {
+    let (payload, extensions) = response.into_parts();
+    let payload = match payload {
+        Payload::Stream(frames) if member.tasks.is_some() => {
+            Payload::Stream(told_unasked(shared, caller, &member.name, frames))
+        }
+        payload => payload,
+    };
+    McpResponse::from_parts(payload, extensions)
+}
+
+/// What an upstream says without being asked, as far as it is about the caller's own tasks.
 pub(super) fn told_unasked(
     shared: &Arc<Shared>,
     caller: &Arc<Caller>,
@@ -504,10 +536,7 @@ pub(super) fn told_unasked(
     // The stream must not keep the gateway alive.
     let (weak, caller, server) = (Arc::downgrade(shared), caller.clone(), server.clone());
     Box::pin(frames.filter_map(move |frame| {
-        let known = |own: &str| {
-            let mut known = weak.upgrade()?.tasks.remembered(&caller, &server);
-            known.remove(own).map(|entry| entry.id)
-        };
+        let known = |own: &str| weak.upgrade()?.tasks.id_of(&caller, &server, own);
         let frame = match frame {
             Ok(Frame::Notification(n)) => {
                 rename_notification(&server, n, known).map(Frame::Notification).map(Ok)

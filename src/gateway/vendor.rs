@@ -7,7 +7,10 @@ use std::{sync::Arc, time::Duration};
 
 use tower::ServiceExt as _;
 
-use super::view::{Member, View};
+use super::{
+    Shared, tasks,
+    view::{Member, View},
+};
 use crate::{
     BoxError,
     error::{Fault, Unimplemented, UpstreamError},
@@ -21,7 +24,11 @@ const NOTIFY_WITHIN: Duration = Duration::from_secs(10);
 /// Asks one upstream after another, in the order of priority, until one knows the method: "method not found" proves that
 /// the request was not processed. An upstream that cannot be reached did not process it either; when nobody else knows
 /// the method, that is what the client is told.
-pub(super) async fn ask(view: &View, request: McpRequest) -> Result<McpResponse, BoxError> {
+pub(super) async fn ask(
+    shared: &Arc<Shared>,
+    view: &View,
+    request: McpRequest,
+) -> Result<McpResponse, BoxError> {
     let method = request.method().as_str();
     let before = view.answerer(method);
     let mut asked: Vec<&Member> = takes_part(view, &request).collect();
@@ -30,7 +37,8 @@ pub(super) async fn ask(view: &View, request: McpRequest) -> Result<McpResponse,
     let alone = asked.len() == 1;
     let mut unreachable: Option<BoxError> = None;
     for member in asked {
-        match member.service.clone().oneshot(request.clone()).await {
+        let answer = member.service.clone().oneshot(request.clone()).await;
+        match answer.map(|response| tasks::own_only(shared, request.caller(), member, response)) {
             // One upstream's words are as good as ours.
             Ok(response) if alone => return Ok(response),
             Ok(response) if is_unknown(&response) => {}

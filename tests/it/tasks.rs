@@ -369,6 +369,42 @@ async fn a_list_of_tasks_has_ones_own_and_nobody_elses() {
 }
 
 #[tokio::test]
+async fn nobody_learns_of_anothers_task_by_the_way() {
+    // On a connection that many share, any answer may have anything before it.
+    let gossip = |sent: &Sent, result: &Value| {
+        let id = serde_json::from_str::<Value>(&sent.raw("id")).expect("an id");
+        let status = message("notifications/tasks/status", &json!({ "taskId": "a-0", "status": "working" }));
+        let log = json!({ "level": "info", "data": "x", "_meta": { RELATED: { "taskId": "a-0" } } });
+        let plain = message("notifications/message", &json!({ "level": "info", "data": "for all" }));
+        let done = json!({ "jsonrpc": "2.0", "id": id, "result": result }).to_string();
+        crate::stage::events([status, message("notifications/message", &log), plain, done])
+    };
+    let script = experimental("a")
+        .on("vendor/gossip", move |sent| {
+            let answer = gossip(&sent, &json!({ "content": [] }));
+            async { answer }
+        })
+        .on("tasks/get", move |sent| {
+            let answer = gossip(&sent, &json!({ "taskId": sent.params()["taskId"], "status": "working" }));
+            async { answer }
+        });
+    let upstream = script.start().await;
+    let gateway = Gateway::with([("a", upstream.url())]).start().await;
+    let open =
+        |user: &'static str| Legacy::open_as(Some(user), gateway.address, "/mcp", "2025-11-25", json!({}));
+    let (alice, eve) = (open("alice").await, open("eve").await);
+    let (hers, his) = (begin(&alice, "a_slow").await, begin(&eve, "a_slow").await);
+    for (client, id, heard) in [(&alice, &hers, 4), (&eve, &his, 2)] {
+        for (method, params) in [("vendor/gossip", json!({})), ("tasks/get", json!({ "taskId": id }))] {
+            let answer = client.ask(method, params).await;
+            assert_eq!(answer.messages().len(), heard, "{method}: {answer}");
+            assert!(!answer.text().contains("a-0"), "{method}: {answer}");
+            assert_eq!(answer.text().contains(&*hers), heard == 4, "{method}: {answer}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn each_kind_is_offered_to_clients_of_its_own_revision() {
     let (old, new) = (experimental("old").start().await, slow("new").start().await);
     let gateway = Gateway::with([("old", old.url()), ("new", new.url())]).start().await;
