@@ -114,10 +114,10 @@ fn merge_capabilities(catalogs: &[(ServerName, Arc<Catalog>)], to: ProtocolVersi
         if let (Some(map), true) = (theirs.as_object_mut(), usable != Some(TaskKind::Experiment)) {
             map.remove("tasks");
         }
-        if let Some(map) = theirs.get_mut("extensions").and_then(Value::as_object_mut) {
-            if usable != Some(TaskKind::Extension) {
-                map.remove(extension::TASKS);
-            }
+        if let Some(map) = theirs.get_mut("extensions").and_then(Value::as_object_mut)
+            && usable != Some(TaskKind::Extension)
+        {
+            map.remove(extension::TASKS);
         }
         unite(&mut merged, theirs);
     }

@@ -49,6 +49,9 @@ struct Listed {
     raw: Bytes,
 }
 
+/// Whose a URI nobody lists may be, as that upstream spells it, and the template it fits.
+type Guess<'a> = (&'a ServerName, Cow<'a, str>, Option<&'a Arc<str>>);
+
 struct Skill {
     server: ServerName,
     /// The directory, as the upstream spells it.
@@ -208,7 +211,7 @@ impl Uris {
         Some(unlisted(server, &own, template))
     }
 
-    fn guess<'a>(&'a self, uri: &'a str) -> Option<(&'a ServerName, Cow<'a, str>, Option<&'a Arc<str>>)> {
+    fn guess<'a>(&'a self, uri: &'a str) -> Option<Guess<'a>> {
         if let Some(server) = self.linked.get(uri) {
             return Some((server, uri.into(), None));
         }
