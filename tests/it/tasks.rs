@@ -3,7 +3,15 @@
 use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt as _;
+use portcullis::{
+    app::{App, Settings},
+    identity::{Caller, Client},
+    protocol::{McpRequest, Method, Params},
+    registry::{MemoryBackend, Registry, ServerRecord},
+    upstream::UpstreamSpec,
+};
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 use crate::stage::{
     Answer, Gateway, Legacy, Modern, Request, Script, Sent, Upstream, error, eventually, open_events, plain,
@@ -221,6 +229,32 @@ async fn a_listener_hears_of_its_own_tasks() {
 
 fn message(method: &str, params: &Value) -> String {
     json!({ "jsonrpc": "2.0", "method": method, "params": params }).to_string()
+}
+
+#[tokio::test]
+async fn an_id_is_good_after_a_restart() {
+    let upstream = slow("a").start().await;
+    let backend = Arc::new(MemoryBackend::new());
+    let client = Client {
+        capabilities: json!({ "extensions": { EXTENSION: {} } }).to_string().into(),
+        ..Client::gateway()
+    };
+    let caller = Arc::new(Caller { client, ..(*Caller::anonymous()).clone() });
+    let ask = async |app: &App, method: Method, params: Value| -> Value {
+        app.gateway().settled(crate::stage::PATIENCE).await;
+        let request = McpRequest::new(method, Params::from_value(&params)).with_caller(caller.clone());
+        let answer = app.service().oneshot(request).await.expect("rescue answers");
+        answer.payload().to_value().expect("a result")
+    };
+    let start = || App::start(Registry::open(backend.clone()).expect("a registry"), Settings::default());
+    let app = start();
+    let record = ServerRecord::new("a".parse().expect("a name"), UpstreamSpec::http(upstream.url()));
+    app.add(record).await.expect("a new server");
+    let created = ask(&app, Method::ToolsCall, json!({ "name": "a_slow" })).await;
+    drop(app);
+    let again = start();
+    let got = ask(&again, Method::TasksGet, json!({ "taskId": created["taskId"] })).await;
+    assert_eq!(got["taskId"], created["taskId"]);
 }
 
 // === the experiment of 2025-11-25 ===
