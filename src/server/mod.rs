@@ -14,7 +14,11 @@
 //! ```
 
 mod http;
+mod legacy;
 mod listener;
+mod message;
+mod modern;
+mod refusal;
 
 pub use http::{DoorBody, McpHttp, Options};
 pub use listener::{Draining, Server};
@@ -22,7 +26,12 @@ pub use listener::{Draining, Server};
 use axum::{Router, extract::Path, extract::Request, response::IntoResponse as _, routing::any};
 use tower::ServiceExt as _;
 
-use crate::{McpService, identity::Scope};
+use crate::{
+    McpService,
+    identity::Scope,
+    layers::rescue::{self, Asked},
+    protocol::{McpRequest, McpResponse},
+};
 
 /// `/mcp`, `/mcp/` and `/mcp/g/{group}`, with the default [`Options`].
 pub fn router(service: impl McpService) -> Router {
@@ -49,4 +58,13 @@ pub fn mount<S: McpService>(door: McpHttp<S>) -> Router {
         .route_service("/mcp", door.clone())
         .route_service("/mcp/", door)
         .route("/mcp/g/{group}", any(group))
+}
+
+/// Calls the service. An error that no layer rescued is rescued here: a stack made by hand may have no such layer.
+async fn call<S: McpService>(service: S, request: McpRequest) -> McpResponse {
+    let asked = Asked::of(&request);
+    match service.oneshot(request).await {
+        Ok(response) => response,
+        Err(error) => rescue::answer(error.into(), &asked),
+    }
 }

@@ -9,12 +9,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
-use futures_core::Stream;
+use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use super::answer::Chunks;
+use crate::server::{message::Chunks, modern::Messages};
 
 /// A comment this often keeps boxes in between from closing a quiet stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -26,9 +25,6 @@ enum Kind {
     Chunks(VecDeque<Bytes>),
     Events(Events),
 }
-
-/// Whole messages, as they come.
-pub(super) type Messages = Pin<Box<dyn Stream<Item = Chunks> + Send>>;
 
 struct Events {
     messages: Messages,
@@ -108,30 +104,12 @@ impl Events {
     }
 }
 
-/// One message as one event. JSON may stand on several lines; between tokens a line break is as good as a space, and
-/// within strings JSON has none.
-fn event(message: Chunks) -> VecDeque<Bytes> {
-    let mut chunks = message.0;
-    chunks.insert(0, Bytes::from_static(b"event: message\ndata: "));
-    chunks.push(Bytes::from_static(b"\n\n"));
-    let (first, last) = (0, chunks.len() - 1);
-    for (i, chunk) in chunks.iter_mut().enumerate() {
-        if i != first && i != last && memchr::memchr2(b'\n', b'\r', chunk).is_some() {
-            let mut flat = BytesMut::from(&chunk[..]);
-            flat.iter_mut().filter(|b| matches!(**b, b'\n' | b'\r')).for_each(|b| *b = b' ');
-            *chunk = flat.freeze();
-        }
-    }
-    Chunks(chunks).joined()
-}
-
-/// Below this, one copy is cheaper than one more write.
-pub(super) const JOIN_BELOW: usize = 16 * 1024;
-
-pub(super) fn join(chunks: &[Bytes]) -> Bytes {
-    let mut joined = BytesMut::with_capacity(chunks.iter().map(Bytes::len).sum());
-    chunks.iter().for_each(|chunk| joined.put_slice(chunk));
-    joined.freeze()
+/// One message as one event.
+fn event(mut message: Chunks) -> VecDeque<Bytes> {
+    message.flatten();
+    message.0.insert(0, Bytes::from_static(b"event: message\ndata: "));
+    message.0.push(Bytes::from_static(b"\n\n"));
+    message.joined()
 }
 
 impl fmt::Debug for DoorBody {

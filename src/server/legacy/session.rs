@@ -13,10 +13,10 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::AbortHandle;
 use tokio::{sync::mpsc, time::Instant};
 
-use super::answer::Chunks;
 use crate::{
     identity::{Caller, Principal, Scope},
     protocol::{Reply, RequestId},
+    server::message::Chunks,
 };
 
 /// Messages for a GET stream that nobody reads; more are dropped.
@@ -24,7 +24,7 @@ const OUTBOX: usize = 256;
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// All sessions of one door.
-pub(super) struct Sessions {
+pub(in crate::server) struct Sessions {
     all: Arc<Mutex<HashMap<Arc<str>, Arc<Session>>>>,
     most: usize,
     idle: Duration,
@@ -32,7 +32,7 @@ pub(super) struct Sessions {
 }
 
 /// One session.
-pub(super) struct Session {
+pub(in crate::server) struct Session {
     /// Who asks; replaced when the client sets its log level.
     caller: Mutex<Arc<Caller>>,
     opened: Instant,
@@ -55,16 +55,16 @@ struct State {
 }
 
 impl Sessions {
-    pub(super) fn new(most: usize, idle: Duration) -> Self {
+    pub(in crate::server) fn new(most: usize, idle: Duration) -> Self {
         Sessions { all: Arc::default(), most, idle, sweeping: std::sync::Once::new() }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::server) fn len(&self) -> usize {
         self.lock().len()
     }
 
     /// Opens a session. `None` when there are too many.
-    pub(super) fn open(&self, caller: Caller) -> Option<Arc<str>> {
+    pub(in crate::server) fn open(&self, caller: Caller) -> Option<Arc<str>> {
         self.sweeping.call_once(|| drop(tokio::spawn(sweep(Arc::downgrade(&self.all), self.idle))));
         let session = Session {
             caller: Mutex::new(Arc::new(caller)),
@@ -83,7 +83,12 @@ impl Sessions {
 
     /// The session, if it is this principal's in this scope. An id is not a credential: anybody else's session is as
     /// good as none.
-    pub(super) fn get(&self, id: &str, principal: &Principal, scope: &Scope) -> Option<Arc<Session>> {
+    pub(in crate::server) fn get(
+        &self,
+        id: &str,
+        principal: &Principal,
+        scope: &Scope,
+    ) -> Option<Arc<Session>> {
         let session = self.lock().get(id).cloned()?;
         let caller = session.caller();
         if caller.principal != *principal || caller.scope != *scope {
@@ -94,7 +99,7 @@ impl Sessions {
     }
 
     /// Ends a session and whatever is under way in it.
-    pub(super) fn end(&self, id: &str) {
+    pub(in crate::server) fn end(&self, id: &str) {
         let ended = self.lock().remove(id);
         if let Some(session) = ended {
             session.close();
@@ -130,12 +135,12 @@ async fn sweep(all: std::sync::Weak<Mutex<HashMap<Arc<str>, Arc<Session>>>>, idl
 }
 
 impl Session {
-    pub(super) fn caller(&self) -> Arc<Caller> {
+    pub(in crate::server) fn caller(&self) -> Arc<Caller> {
         self.caller.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The client wants log notifications from this level on.
-    pub(super) fn set_log_level(&self, level: bytes::Bytes) {
+    pub(in crate::server) fn set_log_level(&self, level: bytes::Bytes) {
         let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::make_mut(&mut caller).client.log_level = Some(level);
     }
@@ -157,7 +162,7 @@ impl Session {
     }
 
     /// Remembers how to cancel a request. `false` when the id is under way already.
-    pub(super) fn start(&self, id: &RequestId, handle: AbortHandle) -> bool {
+    pub(in crate::server) fn start(&self, id: &RequestId, handle: AbortHandle) -> bool {
         let mut state = self.state();
         if state.running.contains_key(id) {
             return false;
@@ -167,23 +172,23 @@ impl Session {
     }
 
     /// The request is now something else to cancel.
-    pub(super) fn goes_on(&self, id: &RequestId, handle: AbortHandle) {
+    pub(in crate::server) fn goes_on(&self, id: &RequestId, handle: AbortHandle) {
         self.state().running.insert(id.clone(), handle);
     }
 
-    pub(super) fn finish(&self, id: &RequestId) {
+    pub(in crate::server) fn finish(&self, id: &RequestId) {
         self.touch();
         self.state().running.remove(id);
     }
 
-    pub(super) fn cancel(&self, id: &RequestId) {
+    pub(in crate::server) fn cancel(&self, id: &RequestId) {
         if let Some(handle) = self.state().running.remove(id) {
             handle.abort();
         }
     }
 
     /// Remembers a question; its number is its id on the wire.
-    pub(super) fn ask(&self, reply: Reply) -> u64 {
+    pub(in crate::server) fn ask(&self, reply: Reply) -> u64 {
         let mut state = self.state();
         state.next_question += 1;
         let number = state.next_question;
@@ -192,41 +197,41 @@ impl Session {
     }
 
     /// The question an answer belongs to.
-    pub(super) fn answered(&self, id: &RequestId) -> Option<Reply> {
+    pub(in crate::server) fn answered(&self, id: &RequestId) -> Option<Reply> {
         self.state().asked.remove(&id.as_str().parse().ok()?)
     }
 
     /// Nobody waits for the answer any more.
-    pub(super) fn withdraw(&self, number: u64) {
+    pub(in crate::server) fn withdraw(&self, number: u64) {
         self.state().asked.remove(&number);
     }
 
     /// Takes over as the stream for unsolicited messages; the one before ends.
-    pub(super) fn open_outbox(&self) -> mpsc::Receiver<Chunks> {
+    pub(in crate::server) fn open_outbox(&self) -> mpsc::Receiver<Chunks> {
         let (sender, receiver) = mpsc::channel(OUTBOX);
         self.state().outbox = Some(sender);
         receiver
     }
 
     /// Sends an unsolicited message, if anybody listens and keeps up.
-    pub(super) fn push(&self, message: Chunks) {
+    pub(in crate::server) fn push(&self, message: Chunks) {
         if let Some(outbox) = &self.state().outbox {
             let _ = outbox.try_send(message);
         }
     }
 
     /// Whether something feeds this subject already.
-    pub(super) fn is_subscribed(&self, subject: &Option<String>) -> bool {
+    pub(in crate::server) fn is_subscribed(&self, subject: &Option<String>) -> bool {
         self.state().subscriptions.contains_key(subject)
     }
 
-    pub(super) fn subscribe(&self, subject: Option<String>, task: AbortHandle) {
+    pub(in crate::server) fn subscribe(&self, subject: Option<String>, task: AbortHandle) {
         if let Some(before) = self.state().subscriptions.insert(subject, task) {
             before.abort();
         }
     }
 
-    pub(super) fn unsubscribe(&self, subject: &Option<String>) {
+    pub(in crate::server) fn unsubscribe(&self, subject: &Option<String>) {
         if let Some(task) = self.state().subscriptions.remove(subject) {
             task.abort();
         }

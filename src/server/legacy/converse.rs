@@ -12,12 +12,16 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all};
 use tokio::sync::mpsc;
 
-use super::{answer, answer::Chunks, call, session::Session};
+use super::session::Session;
 use crate::{
     McpService,
     protocol::{
         Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId,
         ResultType, RpcError, ServerRequest, code,
+    },
+    server::{
+        call,
+        message::{self, Chunks},
     },
 };
 
@@ -32,8 +36,6 @@ pub(super) struct Conversation<S> {
     pub(super) session: Arc<Session>,
     pub(super) id: RequestId,
     pub(super) request: McpRequest,
-    /// The stream. The client may be gone; the call is not.
-    pub(super) sender: mpsc::Sender<Chunks>,
     /// Questions of this call; none outlives it.
     pub(super) asked: Asked,
 }
@@ -51,16 +53,17 @@ impl<S> Drop for Conversation<S> {
 
 impl<S: McpService> Conversation<S> {
     /// Runs it to its result.
-    pub(super) async fn run(self, first: Payload) {
-        let mut payload = self.settle(first).await;
+    pub(super) async fn run(self, first: Payload, sender: mpsc::Sender<Chunks>) {
+        let out = &sender;
+        let mut payload = self.settle(first, out).await;
         for _ in 0..MOST_ROUNDS {
             if ResultType::of(&payload) != ResultType::InputRequired {
                 break;
             }
-            payload = match self.retry(payload.to_object()).await {
+            payload = match self.retry(payload.to_object(), out).await {
                 Ok(request) => {
                     let again = call(self.service.clone(), request).await.into_payload();
-                    self.settle(again).await
+                    self.settle(again, out).await
                 }
                 Err(error) => Payload::Error(error),
             };
@@ -69,24 +72,24 @@ impl<S: McpService> Conversation<S> {
             let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
             payload = Payload::Error(error);
         }
-        self.say(answer::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
+        say(out, message::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
     }
 
     /// Passes everything before the result on.
-    async fn settle(&self, payload: Payload) -> Payload {
+    async fn settle(&self, payload: Payload, out: &Out) -> Payload {
         let Payload::Stream(frames) = payload else { return payload };
-        match self.drive(frames).await {
+        match self.drive(frames, out).await {
             Some(payload) => payload,
             None => Payload::Error(RpcError::new(code::INTERNAL_ERROR, "internal error")),
         }
     }
 
-    async fn drive(&self, mut frames: FrameStream) -> Option<Payload> {
+    async fn drive(&self, mut frames: FrameStream, out: &Out) -> Option<Payload> {
         while let Some(frame) = frames.next().await {
             match frame {
-                Ok(Frame::Notification(notification)) => self.say(answer::notification(&notification)).await,
+                Ok(Frame::Notification(notification)) => say(out, message::notification(&notification)).await,
                 Ok(Frame::Request(ServerRequest { method, params, reply })) => {
-                    self.pass_on(method, params, reply).await
+                    self.pass_on(method, params, reply, out).await
                 }
                 Ok(Frame::Final(payload)) => return Some(payload),
                 Err(error) => {
@@ -105,18 +108,18 @@ impl<S: McpService> Conversation<S> {
     }
 
     /// The answer comes with a POST of its own and finds its way by its number.
-    async fn pass_on(&self, method: Method, params: Params, reply: Reply) {
+    async fn pass_on(&self, method: Method, params: Params, reply: Reply, out: &Out) {
         match self.request.caller().client.can_answer(&method, &params) {
             Ok(()) => {
                 let id = RequestId::from(self.number(reply));
-                self.say(answer::request(&id, &method, &params)).await;
+                say(out, message::request(&id, &method, &params)).await;
             }
             Err(error) => reply.refuse(error),
         }
     }
 
     /// The call again, with what the client answered.
-    async fn retry(&self, wanted: Option<RawObject>) -> Result<McpRequest, RpcError> {
+    async fn retry(&self, wanted: Option<RawObject>, out: &Out) -> Result<McpRequest, RpcError> {
         let garbled =
             |_| RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input in a way that cannot be read");
         let wanted = wanted.ok_or(()).map_err(garbled)?;
@@ -124,7 +127,7 @@ impl<S: McpService> Conversation<S> {
             Some(questions) => RawObject::parse(questions).map_err(|_| garbled(()))?,
             None => RawObject::empty(),
         };
-        let asked = questions.iter().map(|(key, question)| self.ask(key, question.to_owned().into()));
+        let asked = questions.iter().map(|(key, question)| self.ask(key, question.to_owned().into(), out));
         let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         let mut responses = RawObject::empty();
         for (key, answer) in &answers {
@@ -142,7 +145,7 @@ impl<S: McpService> Conversation<S> {
     }
 
     /// Asks one question and waits for its answer.
-    async fn ask(&self, key: &str, question: Bytes) -> Result<(String, Bytes), RpcError> {
+    async fn ask(&self, key: &str, question: Bytes, out: &Out) -> Result<(String, Bytes), RpcError> {
         let garbled =
             || RpcError::new(code::BAD_UPSTREAM, format!("the upstream's question {key:?} cannot be read"));
         let question = RawObject::parse(question).map_err(|_| garbled())?;
@@ -154,7 +157,7 @@ impl<S: McpService> Conversation<S> {
         self.request.caller().client.can_answer(&method, &params)?;
         let (reply, answer) = Reply::new();
         let number = self.number(reply);
-        self.say(answer::request(&RequestId::from(number), &method, &params)).await;
+        say(out, message::request(&RequestId::from(number), &method, &params)).await;
         let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
         self.session.withdraw(number);
         match answer {
@@ -167,9 +170,12 @@ impl<S: McpService> Conversation<S> {
             _ => Err(RpcError::new(code::TIMED_OUT, format!("the client did not answer {method}"))),
         }
     }
+}
 
-    async fn say(&self, message: Chunks) {
-        // Gone is gone; the call runs on, and its result is nobody's.
-        let _ = self.sender.send(message).await;
-    }
+/// Where the messages go. The client may be gone; the call is not.
+type Out = mpsc::Sender<Chunks>;
+
+async fn say(out: &Out, message: Chunks) {
+    // Gone is gone; the call runs on, and its result is nobody's.
+    let _ = out.send(message).await;
 }
