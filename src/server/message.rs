@@ -10,7 +10,7 @@ use crate::protocol::{
 };
 
 /// A message in pieces: what nobody opened is never copied just to put braces around it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(in crate::server) struct Chunks(pub(in crate::server) Vec<Bytes>);
 
 impl Chunks {

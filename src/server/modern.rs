@@ -3,8 +3,8 @@
 use std::{pin::Pin, sync::Arc};
 
 use futures_core::Stream;
-use futures_util::{StreamExt as _, future, stream};
-use serde_json::json;
+use futures_util::{StreamExt as _, future};
+use serde_json::{Value, json};
 
 use super::{
     call,
@@ -16,7 +16,7 @@ use crate::{
     identity::{Affinity, Caller, Client, Principal, Scope},
     protocol::{
         Era, Frame, FrameStream, HttpHint, McpRequest, Method, Notification, Params, Payload,
-        ProtocolVersion, RawObject, RequestId, RpcError, code, meta,
+        ProtocolVersion, RawObject, RequestId, ResultType, RpcError, code, meta,
     },
 };
 
@@ -29,11 +29,18 @@ pub(in crate::server) enum Answer {
     Message(Chunks, Option<i64>, Option<HttpHint>),
     /// Messages, the answer last.
     Messages(Messages, Option<HttpHint>),
+    /// A subscription: what it tells, and the answer, which says that it is over.
+    Subscription(Messages, Chunks, Option<HttpHint>),
 }
 
 /// The version that a message's own `_meta` names.
 pub(in crate::server) fn named_version(params: &Params) -> Option<std::borrow::Cow<'_, str>> {
     params.meta()?.get_string(meta::PROTOCOL_VERSION)
+}
+
+/// Whether it is one that no `initialize` leads to.
+pub(in crate::server) fn is_modern_version(version: &str) -> bool {
+    !version.parse::<ProtocolVersion>().is_ok_and(|version| version.era() == Era::Legacy)
 }
 
 /// A request as the stack knows it.
@@ -130,37 +137,42 @@ fn unsupported(id: &RequestId, requested: &str) -> Refusal {
     Refusal { id: Some(id.clone()), error }
 }
 
-/// Answers a request. A subscription ends in good order when `drained` is done.
+/// Answers a request.
 pub(in crate::server) async fn answer<S: McpService>(
     service: S,
     request: McpRequest,
     id: RequestId,
-    drained: impl Future<Output = ()> + Send + 'static,
 ) -> Answer {
     let method = request.method().clone();
+    let caller = request.caller().clone();
     let (payload, mut extensions) = call(service, request).await.into_parts();
     let hint = extensions.remove::<HttpHint>();
     match payload {
         Payload::Stream(frames) if method == Method::Listen => {
-            Answer::Messages(subscription(frames, id, drained), hint)
+            let last = end_of_subscription(&id);
+            Answer::Subscription(subscription(frames, id), last, hint)
         }
-        Payload::Stream(frames) => Answer::Messages(stream_of(frames, id, method), hint),
+        Payload::Stream(frames) => Answer::Messages(stream_of(frames, id, method, caller), hint),
         payload => {
+            let (payload, mark) = declared(payload, &caller.client);
             let code = match &payload {
                 Payload::Error(error) => Some(error.code()),
                 _ => None,
             };
-            Answer::Message(message::response(&id, &method, payload, Era::Modern), code, hint)
+            Answer::Message(message::marked_response(&id, &method, payload, mark, Era::Modern), code, hint)
         }
     }
 }
 
-/// The frames of one call. Dropping it cancels the call, which is what closing the stream means in this era.
-fn stream_of(frames: FrameStream, id: RequestId, method: Method) -> Messages {
+/// The frames of one call. Dropping it cancels the call.
+fn stream_of(frames: FrameStream, id: RequestId, method: Method, caller: Arc<Caller>) -> Messages {
     let messages = frames.filter_map(move |frame| {
         future::ready(match frame {
             Ok(Frame::Notification(notification)) => Some(message::notification(&notification)),
-            Ok(Frame::Final(payload)) => Some(message::response(&id, &method, payload, Era::Modern)),
+            Ok(Frame::Final(payload)) => {
+                let (payload, mark) = declared(payload, &caller.client);
+                Some(message::marked_response(&id, &method, payload, mark, Era::Modern))
+            }
             // This client cannot be asked in the middle of a call; dropped, the question is refused.
             Ok(Frame::Request(_)) => None,
             Err(error) => {
@@ -172,24 +184,95 @@ fn stream_of(frames: FrameStream, id: RequestId, method: Method) -> Messages {
     Box::pin(messages)
 }
 
-/// The frames of a subscription, each with its id. It ends in good order when the server does.
-fn subscription(
-    frames: FrameStream,
-    id: RequestId,
-    drained: impl Future<Output = ()> + Send + 'static,
-) -> Messages {
-    let tag = id.clone();
+// === questions in a result ===
+
+/// A client is never shown a question that it did not declare to answer (patterns, multi round-trip requests, server
+/// requirements). Only results that ask are looked into.
+fn declared(payload: Payload, client: &Client) -> (Payload, ResultType) {
+    let mark = ResultType::of(&payload);
+    if mark != ResultType::InputRequired {
+        return (payload, mark);
+    }
+    match payload.to_object().ok_or_else(unreadable).and_then(|result| check_questions(&result, client)) {
+        Ok(()) => (payload, mark),
+        Err(error) => (Payload::Error(error), ResultType::Other),
+    }
+}
+
+fn check_questions(result: &RawObject, client: &Client) -> Result<(), RpcError> {
+    let Some(questions) = result.get_bytes("inputRequests") else { return Ok(()) };
+    let questions = RawObject::parse(questions).map_err(|_| unreadable())?;
+    let mut missing: Option<RpcError> = None;
+    let mut required = json!({});
+    for (_, question) in questions.iter() {
+        let question = RawObject::parse(question.to_owned().into()).map_err(|_| unreadable())?;
+        let method = Method::from(&*question.get_string("method").ok_or_else(unreadable)?);
+        let params = match question.get_bytes("params") {
+            Some(params) => Params::parse(params).map_err(|_| unreadable())?,
+            None => Params::default(),
+        };
+        match client.can_answer(&method, &params) {
+            Ok(()) => {}
+            Err(error) if error.code() == code::MISSING_CAPABILITY => {
+                merge(&mut required, &required_by(&error));
+                missing.get_or_insert(error);
+            }
+            // What no client can be asked.
+            Err(_) => return Err(unreadable()),
+        }
+    }
+    match missing {
+        None => Ok(()),
+        Some(error) => Err(error.with_data(&json!({ "requiredCapabilities": required }))),
+    }
+}
+
+fn unreadable() -> RpcError {
+    RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input in a way that cannot be read")
+}
+
+fn required_by(error: &RpcError) -> Value {
+    let error: Value = serde_json::from_slice(error.as_bytes()).unwrap_or_default();
+    error["data"]["requiredCapabilities"].clone()
+}
+
+/// Adds what `more` has, to any depth.
+fn merge(into: &mut Value, more: &Value) {
+    match (into, more) {
+        (Value::Object(into), Value::Object(more)) => {
+            more.iter().for_each(|(key, value)| merge(into.entry(key).or_insert(json!({})), value));
+        }
+        (into, more) => *into = more.clone(),
+    }
+}
+
+// === subscriptions ===
+
+/// What a subscription tells, each message with its id.
+fn subscription(frames: FrameStream, id: RequestId) -> Messages {
     let messages = frames.filter_map(move |frame| {
         future::ready(match frame {
-            Ok(Frame::Notification(notification)) => Some(message::notification(&tagged(notification, &tag))),
+            Ok(Frame::Notification(notification)) => Some(message::notification(&tagged(notification, &id))),
             _ => None,
         })
     });
-    let end = json!({ "resultType": "complete" }).to_string();
-    let mut end = RawObject::parse(end.into()).expect("this is an object");
+    Box::pin(messages)
+}
+
+/// The answer to a subscription that ends in good order.
+fn end_of_subscription(id: &RequestId) -> Chunks {
+    let mut end = RawObject::empty();
+    end.set("resultType", "\"complete\"");
     end.set("_meta", format!("{{\"{}\":{}}}", meta::SUBSCRIPTION_ID, id.as_str()));
-    let last = message::response(&id, &Method::Listen, Payload::Raw(end.into_bytes()), Era::Modern);
-    Box::pin(messages.take_until(drained).chain(stream::once(future::ready::<Chunks>(last))))
+    message::response(id, &Method::Listen, Payload::Raw(end.into_bytes()), Era::Modern)
+}
+
+/// Says that the server ends a subscription, where no stream of its own could end.
+pub(in crate::server) fn cancelled_subscription(id: &RequestId) -> Chunks {
+    let mut params = Params::default();
+    params.object_mut().set("requestId", id.as_str());
+    let notification = Notification { method: Method::Cancelled, params };
+    message::notification(&tagged(notification, id))
 }
 
 fn tagged(mut notification: Notification, id: &RequestId) -> Notification {
@@ -197,4 +280,42 @@ fn tagged(mut notification: Notification, id: &RequestId) -> Notification {
     m.set(meta::SUBSCRIPTION_ID, id.as_str());
     notification.params.object_mut().set("_meta", m.as_str());
     notification
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(questions: &Value, capabilities: &'static str) -> Payload {
+        let client = Client { capabilities: capabilities.into(), ..Client::gateway() };
+        let result = json!({ "resultType": "input_required", "inputRequests": questions });
+        declared(Payload::Raw(result.to_string().into()), &client).0
+    }
+
+    #[test]
+    fn nobody_is_shown_a_question_they_did_not_declare() {
+        let questions = json!({
+            "a": { "method": "elicitation/create", "params": { "mode": "url", "url": "https://x" } },
+            "b": { "method": "roots/list" },
+            "c": { "method": "elicitation/create", "params": { "message": "?" } },
+        });
+        let all = r#"{"elicitation":{"form":{},"url":{}},"roots":{}}"#;
+        assert!(matches!(asked(&questions, all), Payload::Raw(_)));
+        let Payload::Error(error) = asked(&questions, r#"{"elicitation":{}}"#) else { panic!() };
+        assert_eq!(error.code(), code::MISSING_CAPABILITY);
+        assert_eq!(required_by(&error), json!({ "elicitation": { "url": {} }, "roots": {} }));
+    }
+
+    #[test]
+    fn what_cannot_be_a_question_is_the_upstreams_fault() {
+        for questions in
+            [json!([]), json!({ "a": 1 }), json!({ "a": {} }), json!({ "a": { "method": "x/y" } })]
+        {
+            let Payload::Error(error) = asked(&questions, "{}") else { panic!("{questions}") };
+            assert_eq!(error.code(), code::BAD_UPSTREAM, "{questions}");
+        }
+        // Only state, and nothing to ask.
+        let result = Payload::Raw(r#"{"resultType":"input_required","requestState":"s"}"#.into());
+        assert!(matches!(declared(result, &Client::gateway()), (Payload::Raw(_), ResultType::InputRequired)));
+    }
 }

@@ -6,6 +6,8 @@ mod byte_for_byte;
 #[cfg(feature = "daemon")]
 mod cli;
 #[cfg(feature = "daemon")]
+mod doors;
+#[cfg(feature = "daemon")]
 mod examples;
 #[cfg(feature = "daemon")]
 mod gateway;
@@ -15,6 +17,8 @@ mod http;
 mod legacy;
 #[cfg(feature = "daemon")]
 mod modern;
+#[cfg(feature = "daemon")]
+mod resume;
 #[cfg(feature = "daemon")]
 mod rmcp_client;
 #[cfg(feature = "daemon")]

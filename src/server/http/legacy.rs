@@ -2,26 +2,23 @@
 
 use std::sync::Arc;
 
-use futures_util::{StreamExt as _, stream};
-use http::{HeaderValue, Response, StatusCode, header};
-use tokio::sync::mpsc;
+use futures_util::StreamExt as _;
+use http::{HeaderValue, Response, StatusCode};
 
 use super::{
-    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, apply_hint, drained, empty, events, json,
-    method_not_allowed,
+    Door, DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, apply_hint, body::Events,
+    check_takes_events, drained, empty, events, json, method_not_allowed,
 };
 use crate::{
     McpService,
     protocol::{Message, Method, Params, ProtocolVersion, RequestId, code},
     server::{
         legacy::{self, Answer, Session},
-        message::Chunks,
         refusal::Refusal,
     },
 };
 
-/// Messages of one stream that the client has not read yet.
-const UNREAD: usize = 64;
+const LAST_EVENT_ID: &str = "last-event-id";
 
 pub(super) async fn serve<S: McpService>(
     service: S,
@@ -62,16 +59,22 @@ pub(super) fn open_stream<S: McpService>(
         return Err(method_not_allowed());
     }
     let session = find(door, &head, None)?;
-    let accepts = head.headers.get_all(header::ACCEPT).iter().any(|v| {
-        v.to_str().is_ok_and(|v| v.contains("text/event-stream") || v.contains("*/*") || v.contains("text/*"))
-    });
-    if !accepts {
-        let why = "Accept must list text/event-stream";
-        return Err(Refused::new(StatusCode::NOT_ACCEPTABLE, code::INVALID_REQUEST, why));
-    }
-    let messages = received(session.open_outbox());
-    legacy::listen(service, &session);
-    Ok(events(Box::pin(messages.take_until(drained(head.draining)))))
+    check_takes_events(&head.headers)?;
+    let last = head.single(LAST_EVENT_ID).map_err(|why| {
+        Refused::new(StatusCode::BAD_REQUEST, code::INVALID_REQUEST, format!("Last-Event-ID {why}"))
+    })?;
+    let reader = match last {
+        // 404 would say that the session is gone.
+        Some(last) => session.streams().resume(last).map_err(|_| {
+            let why = "Last-Event-ID is of no event that is still kept in this session";
+            Refused::new(StatusCode::BAD_REQUEST, code::INVALID_REQUEST, why)
+        })?,
+        None => {
+            legacy::listen(service, &session);
+            session.open_outbox(is_primed(&session))
+        }
+    };
+    Ok(events(Events::Numbered(Box::pin(reader.take_until(drained(head.draining))))))
 }
 
 /// `DELETE`.
@@ -131,6 +134,7 @@ async fn answer<S: McpService>(
     method: Method,
     params: Params,
 ) -> Result<Response<DoorBody>, Refused> {
+    let (streams, primed) = (session.streams().clone(), is_primed(&session));
     Ok(match legacy::answer(service, session, id, method, params).await? {
         Answer::Message(message, hint) => {
             let mut response = json(StatusCode::OK, message);
@@ -139,9 +143,9 @@ async fn answer<S: McpService>(
         }
         Answer::Talk(mut talk) => {
             let hint = talk.hint.take();
-            let (sender, receiver) = mpsc::channel(UNREAD);
-            tokio::spawn(talk.hold(sender));
-            let mut response = events(Box::pin(received(receiver)));
+            let (outlet, reader) = streams.open(primed);
+            tokio::spawn(talk.hold(outlet));
+            let mut response = events(Events::Numbered(Box::pin(reader)));
             apply_hint(&mut response, hint, false);
             response
         }
@@ -150,6 +154,7 @@ async fn answer<S: McpService>(
     })
 }
 
-fn received(receiver: mpsc::Receiver<Chunks>) -> impl stream::Stream<Item = Chunks> + Send {
-    stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) })
+/// An event with an id and no data is for clients that know what it is: others stumble over it.
+fn is_primed(session: &Session) -> bool {
+    session.caller().client.version >= ProtocolVersion::V2025_11_25
 }

@@ -7,6 +7,7 @@ mod body;
 mod legacy;
 mod modern;
 mod origin;
+mod sse;
 
 use std::{
     convert::Infallible,
@@ -28,7 +29,6 @@ use self::origin::Allowed;
 use super::{
     legacy::Sessions,
     message::Chunks,
-    modern::Messages,
     refusal::{Refusal, check_kind},
 };
 use crate::{
@@ -37,6 +37,7 @@ use crate::{
     protocol::{HttpHint, Message, ParseError, code},
 };
 pub use body::DoorBody;
+pub use sse::McpSse;
 
 const VERSION_HEADER: &str = "mcp-protocol-version";
 const SESSION_HEADER: &str = "mcp-session-id";
@@ -305,6 +306,11 @@ fn method_not_allowed() -> Refused {
 }
 
 fn check_media_types(headers: &HeaderMap) -> Result<(), Refused> {
+    check_content_type(headers)?;
+    check_accept(headers)
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), Refused> {
     let essence = |value: &HeaderValue| -> Option<String> {
         Some(value.to_str().ok()?.split(';').next()?.trim().to_ascii_lowercase())
     };
@@ -312,6 +318,10 @@ fn check_media_types(headers: &HeaderMap) -> Result<(), Refused> {
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Err(Refused::new(status, code::INVALID_REQUEST, "Content-Type must be application/json"));
     }
+    Ok(())
+}
+
+fn check_accept(headers: &HeaderMap) -> Result<(), Refused> {
     let mut accepted =
         headers.get_all(header::ACCEPT).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
     // Whoever says nothing takes anything (RFC 9110, 12.5.1).
@@ -328,6 +338,21 @@ fn check_media_types(headers: &HeaderMap) -> Result<(), Refused> {
             StatusCode::NOT_ACCEPTABLE,
             code::INVALID_REQUEST,
             "Accept must list application/json and text/event-stream",
+        )),
+    }
+}
+
+/// Whoever opens a stream must say that it takes one.
+fn check_takes_events(headers: &HeaderMap) -> Result<(), Refused> {
+    let accepts = headers.get_all(header::ACCEPT).iter().any(|v| {
+        v.to_str().is_ok_and(|v| v.contains("text/event-stream") || v.contains("*/*") || v.contains("text/*"))
+    });
+    match accepts {
+        true => Ok(()),
+        false => Err(Refused::new(
+            StatusCode::NOT_ACCEPTABLE,
+            code::INVALID_REQUEST,
+            "Accept must list text/event-stream",
         )),
     }
 }
@@ -367,8 +392,13 @@ fn json(status: StatusCode, chunks: Chunks) -> Response<DoorBody> {
 }
 
 /// A stream of messages.
-fn events(messages: Messages) -> Response<DoorBody> {
-    let mut response = Response::new(DoorBody::events(messages));
+fn events(messages: body::Events) -> Response<DoorBody> {
+    events_after(None, messages)
+}
+
+/// The same behind a first event, which is written already.
+fn events_after(first: Option<Bytes>, messages: body::Events) -> Response<DoorBody> {
+    let mut response = Response::new(DoorBody::events(first, messages));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));

@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 
+use futures_util::{StreamExt as _, future, stream};
 use http::{Response, StatusCode};
 
 use super::{
-    DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, apply_hint, drained, empty, events, json,
+    DoorBody, Head, Refused, SESSION_HEADER, VERSION_HEADER, apply_hint, body::Events, drained, empty,
+    events, json,
 };
 use crate::{
     McpService,
-    protocol::{
-        Era, McpRequest, Message, Method, MirroredHeaders, Params, ProtocolVersion, RequestId, code,
-        decode_header,
-    },
+    protocol::{McpRequest, Message, Method, MirroredHeaders, Params, RequestId, code, decode_header},
     server::{
-        modern::{self, Answer},
+        modern::{self, Answer, is_modern_version},
         refusal::Refusal,
     },
 };
@@ -22,16 +21,15 @@ use crate::{
 /// Whether the message belongs to the modern era: header or `_meta` name a version that is not legacy. Without a
 /// session, a message that is no `initialize` but has modern headers is a modern one that lacks something.
 pub(super) fn is_modern(head: &Head, message: &Message) -> bool {
-    let legacy = |version: &str| version.parse::<ProtocolVersion>().is_ok_and(|v| v.era() == Era::Legacy);
     let params = match message {
         Message::Request { params, .. } | Message::Notification { params, .. } => params,
-        Message::Response { .. } => return named_version(head).is_some_and(|v| !legacy(v)),
+        Message::Response { .. } => return named_version(head).is_some_and(is_modern_version),
     };
     if let Some(version) = modern::named_version(params) {
-        return !legacy(&version);
+        return is_modern_version(&version);
     }
     match named_version(head) {
-        Some(version) => !legacy(version) && !has_session(head),
+        Some(version) => is_modern_version(version) && !has_session(head),
         None => head.headers.contains_key("mcp-method") && !has_session(head),
     }
 }
@@ -107,9 +105,15 @@ async fn answer<S: McpService>(
     id: RequestId,
     draining: Option<crate::server::Draining>,
 ) -> Response<DoorBody> {
-    let (mut response, hint) = match modern::answer(service, request, id, drained(draining)).await {
+    let (mut response, hint) = match modern::answer(service, request, id).await {
         Answer::Message(message, code, hint) => (json(status_of(code), message), hint),
-        Answer::Messages(messages, hint) => (events(messages), hint),
+        Answer::Messages(messages, hint) => (events(Events::Plain(messages)), hint),
+        // It ends in good order when the server does.
+        Answer::Subscription(messages, last, hint) => {
+            let messages = messages.take_until(drained(draining));
+            let messages = messages.chain(stream::once(future::ready(last)));
+            (events(Events::Plain(Box::pin(messages))), hint)
+        }
     };
     apply_hint(&mut response, hint, true);
     response

@@ -10,19 +10,16 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all};
-use tokio::sync::mpsc;
+use serde_json::json;
 
-use super::session::Session;
+use super::session::{Session, new_id};
 use crate::{
     McpService,
     protocol::{
         Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId,
         ResultType, RpcError, ServerRequest, code,
     },
-    server::{
-        call,
-        message::{self, Chunks},
-    },
+    server::{call, message, streams::Outlet},
 };
 
 /// An upstream that still wants input after this many rounds will never have enough.
@@ -53,8 +50,7 @@ impl<S> Drop for Conversation<S> {
 
 impl<S: McpService> Conversation<S> {
     /// Runs it to its result.
-    pub(super) async fn run(self, first: Payload, sender: mpsc::Sender<Chunks>) {
-        let out = &sender;
+    pub(super) async fn run(self, first: Payload, out: &Outlet) {
         let mut payload = self.settle(first, out).await;
         for _ in 0..MOST_ROUNDS {
             if ResultType::of(&payload) != ResultType::InputRequired {
@@ -72,11 +68,11 @@ impl<S: McpService> Conversation<S> {
             let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
             payload = Payload::Error(error);
         }
-        say(out, message::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
+        out.send(message::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
     }
 
     /// Passes everything before the result on.
-    async fn settle(&self, payload: Payload, out: &Out) -> Payload {
+    async fn settle(&self, payload: Payload, out: &Outlet) -> Payload {
         let Payload::Stream(frames) = payload else { return payload };
         match self.drive(frames, out).await {
             Some(payload) => payload,
@@ -84,10 +80,10 @@ impl<S: McpService> Conversation<S> {
         }
     }
 
-    async fn drive(&self, mut frames: FrameStream, out: &Out) -> Option<Payload> {
+    async fn drive(&self, mut frames: FrameStream, out: &Outlet) -> Option<Payload> {
         while let Some(frame) = frames.next().await {
             match frame {
-                Ok(Frame::Notification(notification)) => say(out, message::notification(&notification)).await,
+                Ok(Frame::Notification(notification)) => drop(out.notify(&notification).await),
                 Ok(Frame::Request(ServerRequest { method, params, reply })) => {
                     self.pass_on(method, params, reply, out).await
                 }
@@ -101,25 +97,27 @@ impl<S: McpService> Conversation<S> {
         None
     }
 
-    fn number(&self, reply: Reply) -> u64 {
-        let number = self.session.ask(reply);
+    /// `None` when too many questions are open already.
+    fn number(&self, reply: Reply) -> Option<u64> {
+        let number = self.session.ask(reply)?;
         self.asked.0.lock().unwrap_or_else(PoisonError::into_inner).push(number);
-        number
+        Some(number)
     }
 
     /// The answer comes with a POST of its own and finds its way by its number.
-    async fn pass_on(&self, method: Method, params: Params, reply: Reply, out: &Out) {
+    async fn pass_on(&self, method: Method, params: Params, reply: Reply, out: &Outlet) {
         match self.request.caller().client.can_answer(&method, &params) {
             Ok(()) => {
-                let id = RequestId::from(self.number(reply));
-                say(out, message::request(&id, &method, &params)).await;
+                if let Some(number) = self.number(reply) {
+                    out.send(message::request(&RequestId::from(number), &method, &params)).await;
+                }
             }
             Err(error) => reply.refuse(error),
         }
     }
 
     /// The call again, with what the client answered.
-    async fn retry(&self, wanted: Option<RawObject>, out: &Out) -> Result<McpRequest, RpcError> {
+    async fn retry(&self, wanted: Option<RawObject>, out: &Outlet) -> Result<McpRequest, RpcError> {
         let garbled =
             |_| RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input in a way that cannot be read");
         let wanted = wanted.ok_or(()).map_err(garbled)?;
@@ -145,19 +143,21 @@ impl<S: McpService> Conversation<S> {
     }
 
     /// Asks one question and waits for its answer.
-    async fn ask(&self, key: &str, question: Bytes, out: &Out) -> Result<(String, Bytes), RpcError> {
+    async fn ask(&self, key: &str, question: Bytes, out: &Outlet) -> Result<(String, Bytes), RpcError> {
         let garbled =
             || RpcError::new(code::BAD_UPSTREAM, format!("the upstream's question {key:?} cannot be read"));
         let question = RawObject::parse(question).map_err(|_| garbled())?;
         let method = Method::from(&*question.get_string("method").ok_or_else(garbled)?);
-        let params = match question.get_bytes("params") {
+        let mut params = match question.get_bytes("params") {
             Some(params) => Params::parse(params).map_err(|_| garbled())?,
             None => Params::default(),
         };
         self.request.caller().client.can_answer(&method, &params)?;
         let (reply, answer) = Reply::new();
-        let number = self.number(reply);
-        say(out, message::request(&RequestId::from(number), &method, &params)).await;
+        let too_many = || RpcError::new(code::OVERLOADED, "too many questions are open");
+        let number = self.number(reply).ok_or_else(too_many)?;
+        identify(&method, &mut params);
+        out.send(message::request(&RequestId::from(number), &method, &params)).await;
         let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
         self.session.withdraw(number);
         match answer {
@@ -172,10 +172,10 @@ impl<S: McpService> Conversation<S> {
     }
 }
 
-/// Where the messages go. The client may be gone; the call is not.
-type Out = mpsc::Sender<Chunks>;
-
-async fn say(out: &Out, message: Chunks) {
-    // Gone is gone; the call runs on, and its result is nobody's.
-    let _ = out.send(message).await;
+/// What is done at a URL has an id in this era. Nobody tells when it is over, so any will do.
+fn identify(method: &Method, params: &mut Params) {
+    let by_url = *method == Method::Elicit && params.get_string("mode").as_deref() == Some("url");
+    if by_url && params.get("elicitationId").is_none() {
+        params.object_mut().set("elicitationId", json!(*new_id()).to_string());
+    }
 }

@@ -14,18 +14,18 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{
-    StreamExt as _,
+    FutureExt as _, StreamExt as _,
     future::{AbortHandle, BoxFuture, abortable},
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
 
 use self::converse::{Asked, Conversation};
-pub(in crate::server) use self::session::{Session, Sessions};
+pub(in crate::server) use self::session::{Session, Sessions, new_id};
 use super::{
     call,
     message::{self, Chunks},
     refusal::Refusal,
+    streams::Outlet,
 };
 use crate::{
     McpService,
@@ -58,19 +58,16 @@ pub(in crate::server) struct Talk<S> {
 }
 
 impl<S: McpService> Talk<S> {
-    /// Holds it. The messages go to `sender`, the result last. It can be cancelled from now on.
-    pub(in crate::server) fn hold(
-        self,
-        sender: mpsc::Sender<Chunks>,
-    ) -> impl Future<Output = ()> + Send + 'static {
+    /// Holds it. The messages go to `out`, the result last. It can be cancelled from now on.
+    pub(in crate::server) fn hold(self, out: Arc<Outlet>) -> impl Future<Output = ()> + Send + 'static {
         let Talk { conversation, first, finish, .. } = self;
-        let (session, id) = (finish.session.clone(), finish.id.clone());
+        let (session, id, number) = (finish.session.clone(), finish.id.clone(), finish.number);
         let (running, cancel) = abortable(async move {
-            conversation.run(first, sender).await;
+            conversation.run(first, &out).await;
             drop(finish);
         });
-        session.goes_on(&id, cancel);
-        async move { drop(running.await) }
+        session.goes_on(&id, number, cancel);
+        running.map(|_| ())
     }
 }
 
@@ -169,11 +166,11 @@ async fn forward<S: McpService>(
     request: McpRequest,
 ) -> Result<Answer<S>, Refusal> {
     let (running, cancel) = abortable(call(service.clone(), request.clone()));
-    if !session.start(&id, cancel) {
+    let Some(number) = session.start(&id, cancel) else {
         let message = "a request with this id is under way";
         return Err(Refusal::new(Some(id), code::INVALID_REQUEST, message));
-    }
-    let finish = Finish { session: session.clone(), id: id.clone() };
+    };
+    let finish = Finish { session: session.clone(), id: id.clone(), number };
     let outcome = RunOn(Some((Box::pin(running), finish))).await;
     // Cancelled: the specification wants no answer.
     let Some((Ok(answered), finish)) = outcome else { return Ok(Answer::Nothing) };
@@ -195,11 +192,12 @@ async fn forward<S: McpService>(
 struct Finish {
     session: Arc<Session>,
     id: RequestId,
+    number: u64,
 }
 
 impl Drop for Finish {
     fn drop(&mut self) {
-        self.session.finish(&self.id);
+        self.session.finish(&self.id, self.number);
     }
 }
 
@@ -323,7 +321,8 @@ async fn feed_frames(session: Weak<Session>, mut frames: FrameStream) {
             Frame::Notification(n) if n.method != Method::Acknowledged => {
                 session.push(message::notification(&n))
             }
-            Frame::Notification(_) | Frame::Request(_) => {}
+            Frame::Notification(_) => {}
+            Frame::Request(question) => session.push_question(question),
             Frame::Final(_) => return,
         }
     }
@@ -344,7 +343,6 @@ pub(in crate::server) async fn take_notification<S: McpService>(
         }
         // About this session, which is ours.
         Method::Initialized | Method::Progress => {}
-        Method::Other(ref name) if **name == *"notifications/roots/list_changed" => {}
         method => {
             let request = McpRequest::new(method, params).with_caller(session.caller());
             let _ = call(service, request).await;

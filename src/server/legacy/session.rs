@@ -11,16 +11,19 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::AbortHandle;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::time::Instant;
 
 use crate::{
     identity::{Caller, Principal, Scope},
-    protocol::{Reply, RequestId},
-    server::message::Chunks,
+    protocol::{Reply, RequestId, ServerRequest},
+    server::{
+        message::{self, Chunks},
+        streams::{Memory, Outlet, Reader, Streams},
+    },
 };
 
-/// Messages for a GET stream that nobody reads; more are dropped.
-const OUTBOX: usize = 256;
+/// Questions that a client may leave unanswered.
+const MOST_ASKED: usize = 64;
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// All sessions of one door.
@@ -39,17 +42,22 @@ pub(in crate::server) struct Session {
     /// Milliseconds after `opened`.
     last_used: AtomicU64,
     state: Mutex<State>,
+    /// What it is told.
+    streams: Arc<Streams>,
 }
 
 /// What most sessions have nothing of.
 #[derive(Default)]
 struct State {
     /// How to cancel a request under way.
-    running: HashMap<RequestId, AbortHandle>,
+    running: HashMap<RequestId, (u64, AbortHandle)>,
+    /// So that a request that was cancelled cannot forget a later one of the same id.
+    started: u64,
     /// Questions the client has not answered yet.
     asked: HashMap<u64, Reply>,
     next_question: u64,
-    outbox: Option<mpsc::Sender<Chunks>>,
+    /// Where what belongs to no request goes.
+    outbox: Option<Arc<Outlet>>,
     /// What feeds the outbox: by resource, and under no resource the lists.
     subscriptions: HashMap<Option<String>, AbortHandle>,
 }
@@ -66,18 +74,13 @@ impl Sessions {
     /// Opens a session. `None` when there are too many.
     pub(in crate::server) fn open(&self, caller: Caller) -> Option<Arc<str>> {
         self.sweeping.call_once(|| drop(tokio::spawn(sweep(Arc::downgrade(&self.all), self.idle))));
-        let session = Session {
-            caller: Mutex::new(Arc::new(caller)),
-            opened: Instant::now(),
-            last_used: AtomicU64::new(0),
-            state: Mutex::default(),
-        };
+        let session = Session::new(caller, Streams::new(Memory::SESSION));
         let id = new_id();
         let mut all = self.lock();
         if all.len() >= self.most {
             return None;
         }
-        all.insert(id.clone(), Arc::new(session));
+        all.insert(id.clone(), session);
         Some(id)
     }
 
@@ -112,7 +115,7 @@ impl Sessions {
 }
 
 /// 192 bits nobody can guess.
-fn new_id() -> Arc<str> {
+pub(in crate::server) fn new_id() -> Arc<str> {
     let mut bytes = [0u8; 24];
     getrandom::fill(&mut bytes).expect("the system has random numbers");
     URL_SAFE_NO_PAD.encode(bytes).into()
@@ -126,8 +129,9 @@ async fn sweep(all: std::sync::Weak<Mutex<HashMap<Arc<str>, Arc<Session>>>>, idl
         let Some(all) = all.upgrade() else { return };
         all.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, session| {
             let keep = !session.is_idle(idle);
-            if !keep {
-                session.close();
+            match keep {
+                true => session.streams.expire(),
+                false => session.close(),
             }
             keep
         });
@@ -135,6 +139,21 @@ async fn sweep(all: std::sync::Weak<Mutex<HashMap<Arc<str>, Arc<Session>>>>, idl
 }
 
 impl Session {
+    pub(in crate::server) fn new(caller: Caller, streams: Arc<Streams>) -> Arc<Self> {
+        Arc::new(Session {
+            caller: Mutex::new(Arc::new(caller)),
+            opened: Instant::now(),
+            last_used: AtomicU64::new(0),
+            state: Mutex::default(),
+            streams,
+        })
+    }
+
+    /// Its streams.
+    pub(in crate::server) fn streams(&self) -> &Arc<Streams> {
+        &self.streams
+    }
+
     pub(in crate::server) fn caller(&self) -> Arc<Caller> {
         self.caller.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -157,43 +176,55 @@ impl Session {
             .elapsed()
             .saturating_sub(Duration::from_millis(self.last_used.load(Ordering::Relaxed)));
         let state = self.state();
-        let listening = state.outbox.as_ref().is_some_and(|outbox| !outbox.is_closed());
+        let listening = state.outbox.as_ref().is_some_and(|outbox| outbox.is_read());
         unused >= idle && state.running.is_empty() && !listening
     }
 
-    /// Remembers how to cancel a request. `false` when the id is under way already.
-    pub(in crate::server) fn start(&self, id: &RequestId, handle: AbortHandle) -> bool {
+    /// Remembers how to cancel a request; gives the number to forget it by. `None` when the id is under way already.
+    pub(in crate::server) fn start(&self, id: &RequestId, handle: AbortHandle) -> Option<u64> {
         let mut state = self.state();
         if state.running.contains_key(id) {
-            return false;
+            return None;
         }
-        state.running.insert(id.clone(), handle);
-        true
+        state.started += 1;
+        let number = state.started;
+        state.running.insert(id.clone(), (number, handle));
+        Some(number)
     }
 
-    /// The request is now something else to cancel.
-    pub(in crate::server) fn goes_on(&self, id: &RequestId, handle: AbortHandle) {
-        self.state().running.insert(id.clone(), handle);
+    /// The request is now something else to cancel. If it was cancelled meanwhile, so is that.
+    pub(in crate::server) fn goes_on(&self, id: &RequestId, number: u64, handle: AbortHandle) {
+        match self.state().running.get_mut(id).filter(|(started, _)| *started == number) {
+            Some((_, running)) => *running = handle,
+            None => handle.abort(),
+        }
     }
 
-    pub(in crate::server) fn finish(&self, id: &RequestId) {
+    pub(in crate::server) fn finish(&self, id: &RequestId, number: u64) {
         self.touch();
-        self.state().running.remove(id);
+        let mut state = self.state();
+        if state.running.get(id).is_some_and(|(started, _)| *started == number) {
+            state.running.remove(id);
+        }
     }
 
     pub(in crate::server) fn cancel(&self, id: &RequestId) {
-        if let Some(handle) = self.state().running.remove(id) {
+        let running = self.state().running.remove(id);
+        if let Some((_, handle)) = running {
             handle.abort();
         }
     }
 
-    /// Remembers a question; its number is its id on the wire.
-    pub(in crate::server) fn ask(&self, reply: Reply) -> u64 {
+    /// Remembers a question; its number is its id on the wire. `None` when too many are open.
+    pub(in crate::server) fn ask(&self, reply: Reply) -> Option<u64> {
         let mut state = self.state();
+        if state.asked.len() >= MOST_ASKED {
+            return None;
+        }
         state.next_question += 1;
         let number = state.next_question;
         state.asked.insert(number, reply);
-        number
+        Some(number)
     }
 
     /// The question an answer belongs to.
@@ -206,17 +237,35 @@ impl Session {
         self.state().asked.remove(&number);
     }
 
-    /// Takes over as the stream for unsolicited messages; the one before ends.
-    pub(in crate::server) fn open_outbox(&self) -> mpsc::Receiver<Chunks> {
-        let (sender, receiver) = mpsc::channel(OUTBOX);
-        self.state().outbox = Some(sender);
-        receiver
+    /// A new stream for what belongs to no request; the one before ends.
+    pub(in crate::server) fn open_outbox(&self, primed: bool) -> Reader {
+        let (outlet, reader) = self.streams.open(primed);
+        self.set_outbox(outlet);
+        reader
     }
 
-    /// Sends an unsolicited message, if anybody listens and keeps up.
+    /// From now on, what belongs to no request goes there.
+    pub(in crate::server) fn set_outbox(&self, outlet: Arc<Outlet>) {
+        self.state().outbox = Some(outlet);
+    }
+
+    /// Sends what belongs to no request, if anybody listens and keeps up, or may come back.
     pub(in crate::server) fn push(&self, message: Chunks) {
-        if let Some(outbox) = &self.state().outbox {
-            let _ = outbox.try_send(message);
+        let outbox = self.state().outbox.clone();
+        outbox.map(|outbox| outbox.offer(message, false));
+    }
+
+    /// Asks something that belongs to no request. Unless it was declared, and somebody is there to be asked, the reply
+    /// is dropped, which refuses.
+    pub(in crate::server) fn push_question(&self, question: ServerRequest) {
+        let ServerRequest { method, params, reply } = question;
+        if self.caller().client.can_answer(&method, &params).is_err() {
+            return;
+        }
+        let Some(outbox) = self.state().outbox.clone().filter(|outbox| outbox.is_read()) else { return };
+        let Some(number) = self.ask(reply) else { return };
+        if !outbox.offer(message::request(&RequestId::from(number), &method, &params), true) {
+            self.withdraw(number);
         }
     }
 
@@ -238,9 +287,10 @@ impl Session {
     }
 
     /// Ends everything in it.
-    fn close(&self) {
+    pub(in crate::server) fn close(&self) {
         let state = std::mem::take(&mut *self.state());
-        state.subscriptions.values().chain(state.running.values()).for_each(AbortHandle::abort);
+        let running = state.running.values().map(|(_, handle)| handle);
+        state.subscriptions.values().chain(running).for_each(AbortHandle::abort);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
