@@ -187,10 +187,14 @@ impl Streams {
         }
         let now = Instant::now();
         let State { tracks, events, bytes, .. } = &mut *state;
-        for track in tracks.values_mut().filter(|track| track.reader.is_none()) {
+        for track in tracks.values_mut() {
             let is_old = |event: &Event| now.duration_since(event.at) >= self.memory.time;
-            while track.events.front().is_some_and(is_old) {
+            while track.may_forget(true) && track.events.front().is_some_and(is_old) {
                 track.forget_first(events, bytes);
+            }
+            // The queue has the room of its longest time; an idle session shall not.
+            if track.events.is_empty() {
+                track.events = VecDeque::new();
             }
         }
         state.tidy();
@@ -225,10 +229,6 @@ impl State {
 
     fn tidy(&mut self) {
         self.tracks.retain(|_, track| !track.ended || track.reader.is_some() || !track.events.is_empty());
-        if self.tracks.is_empty() {
-            // A map that was large once stays so; this one is a tree, and holds nothing now.
-            (self.events, self.bytes) = (0, 0);
-        }
     }
 }
 
@@ -250,6 +250,12 @@ impl Track {
             1 => self.reader.is_none() && hard,
             _ => self.reader.is_none(),
         }
+    }
+
+    fn has_unsent(&self, message: &Chunks) -> bool {
+        let wanted = message::join(&message.0);
+        let mut unsent = self.events.iter().skip(self.taken);
+        unsent.any(|event| event.size == wanted.len() && message::join(&event.message.0) == wanted)
     }
 
     fn forget_first(&mut self, events: &mut usize, bytes: &mut usize) {
@@ -294,7 +300,10 @@ impl Outlet {
     /// The same for a notification.
     pub(in crate::server) async fn notify(&self, notification: &Notification) -> bool {
         let progress = match notification.method {
-            Method::Progress => notification.params.get_bytes("progressToken"),
+            // A copy: what is kept must not hold on to a larger buffer.
+            Method::Progress => {
+                notification.params.get("progressToken").map(|token| Bytes::copy_from_slice(token.as_bytes()))
+            }
             _ => None,
         };
         self.deliver(message::notification(notification), progress).await
@@ -307,6 +316,8 @@ impl Outlet {
         match track.reader {
             None if asks => return false,
             Some(_) if track.is_full(UNASKED, message.len()) => return false,
+            // To a client that is away, saying the same twice says nothing.
+            None if track.has_unsent(&message) => return true,
             _ => {}
         }
         self.push(&mut state, self.event(message, None))
@@ -569,12 +580,12 @@ mod tests {
         let (outlet, mut reader) = streams.open(true);
         let start = read(&mut reader)[0].0.clone();
         drop(reader);
-        outlet.send(chunks(&"x".repeat(1 << 20))).await;
+        outlet.send(chunks(&"x".repeat(1 << 19))).await;
         drop(outlet);
         let (second, _reader) = streams.open(false);
         second.send(chunks("y")).await;
         let mut reader = streams.resume(&start).unwrap();
-        assert_eq!(read(&mut reader)[0].1.len(), 1 << 20);
+        assert_eq!(read(&mut reader)[0].1.len(), 1 << 19);
         drop(reader);
         assert!(streams.lock().bytes <= 256 << 10, "it was read");
     }
@@ -614,6 +625,20 @@ mod tests {
             assert!(!outlet.is_read() && !outlet.offer(chunks("question"), true));
             assert!(streams.lock().events <= 256);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_is_away_is_told_once() {
+        let streams = Streams::new(Memory::SESSION);
+        let (outlet, mut reader) = streams.open(true);
+        let start = read(&mut reader)[0].0.clone();
+        drop(reader);
+        for n in 0..100 {
+            outlet.offer(chunks(["tools changed", "prompts changed"][n % 2]), false);
+        }
+        assert_eq!(read(&mut streams.resume(&start).unwrap()).len(), 2);
+        outlet.offer(chunks("tools changed"), false);
+        assert_eq!(read(&mut streams.resume(&start).unwrap()).len(), 3, "it changed again since it was told");
     }
 
     #[tokio::test(start_paused = true)]

@@ -134,7 +134,6 @@ async fn answer<S: McpService>(
     method: Method,
     params: Params,
 ) -> Result<Response<DoorBody>, Refused> {
-    let (streams, primed) = (session.streams().clone(), is_primed(&session));
     Ok(match legacy::answer(service, session, id, method, params).await? {
         Answer::Message(message, hint) => {
             let mut response = json(StatusCode::OK, message);
@@ -143,7 +142,8 @@ async fn answer<S: McpService>(
         }
         Answer::Talk(mut talk) => {
             let hint = talk.hint.take();
-            let (outlet, reader) = streams.open(primed);
+            let session = talk.session();
+            let (outlet, reader) = session.streams().open(is_primed(session));
             tokio::spawn(talk.hold(outlet));
             let mut response = events(Events::Numbered(Box::pin(reader)));
             apply_hint(&mut response, hint, false);

@@ -58,6 +58,11 @@ pub(in crate::server) struct Talk<S> {
 }
 
 impl<S: McpService> Talk<S> {
+    /// Whose it is.
+    pub(in crate::server) fn session(&self) -> &Arc<Session> {
+        &self.finish.session
+    }
+
     /// Holds it. The messages go to `out`, the result last. It can be cancelled from now on.
     pub(in crate::server) fn hold(self, out: Arc<Outlet>) -> impl Future<Output = ()> + Send + 'static {
         let Talk { conversation, first, finish, .. } = self;

@@ -22,8 +22,10 @@ use crate::{
     },
 };
 
-/// Questions that a client may leave unanswered.
+/// Questions of calls that a client may leave unanswered.
 const MOST_ASKED: usize = 64;
+/// The same for those that belong to no call: nobody takes them back, so a newer one takes the place of the oldest.
+const MOST_UNRELATED: usize = 16;
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// All sessions of one door.
@@ -54,12 +56,18 @@ struct State {
     /// So that a request that was cancelled cannot forget a later one of the same id.
     started: u64,
     /// Questions the client has not answered yet.
-    asked: HashMap<u64, Reply>,
+    asked: HashMap<u64, Asked>,
     next_question: u64,
     /// Where what belongs to no request goes.
     outbox: Option<Arc<Outlet>>,
     /// What feeds the outbox: by resource, and under no resource the lists.
     subscriptions: HashMap<Option<String>, AbortHandle>,
+}
+
+struct Asked {
+    reply: Reply,
+    /// Whether it belongs to a call.
+    related: bool,
 }
 
 impl Sessions {
@@ -218,18 +226,27 @@ impl Session {
     /// Remembers a question; its number is its id on the wire. `None` when too many are open.
     pub(in crate::server) fn ask(&self, reply: Reply) -> Option<u64> {
         let mut state = self.state();
-        if state.asked.len() >= MOST_ASKED {
-            return None;
+        match state.asked.values().filter(|asked| asked.related).count() < MOST_ASKED {
+            true => Some(state.ask(reply, true)),
+            false => None,
         }
-        state.next_question += 1;
-        let number = state.next_question;
-        state.asked.insert(number, reply);
-        Some(number)
+    }
+
+    fn ask_unrelated(&self, reply: Reply) -> u64 {
+        let mut state = self.state();
+        let unrelated = state.asked.iter().filter(|(_, asked)| !asked.related).map(|(number, _)| *number);
+        let (count, oldest) =
+            unrelated.fold((0, u64::MAX), |(n, oldest), number| (n + 1, oldest.min(number)));
+        if count >= MOST_UNRELATED {
+            state.asked.remove(&oldest);
+        }
+        state.ask(reply, false)
     }
 
     /// The question an answer belongs to.
     pub(in crate::server) fn answered(&self, id: &RequestId) -> Option<Reply> {
-        self.state().asked.remove(&id.as_str().parse().ok()?)
+        let number = id.as_str().parse().ok()?;
+        self.state().asked.remove(&number).map(|asked| asked.reply)
     }
 
     /// Nobody waits for the answer any more.
@@ -263,7 +280,7 @@ impl Session {
             return;
         }
         let Some(outbox) = self.state().outbox.clone().filter(|outbox| outbox.is_read()) else { return };
-        let Some(number) = self.ask(reply) else { return };
+        let number = self.ask_unrelated(reply);
         if !outbox.offer(message::request(&RequestId::from(number), &method, &params), true) {
             self.withdraw(number);
         }
@@ -298,6 +315,14 @@ impl Session {
     }
 }
 
+impl State {
+    fn ask(&mut self, reply: Reply, related: bool) -> u64 {
+        self.next_question += 1;
+        self.asked.insert(self.next_question, Asked { reply, related });
+        self.next_question
+    }
+}
+
 impl Drop for Session {
     fn drop(&mut self) {
         self.close();
@@ -307,6 +332,10 @@ impl Drop for Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        identity::Client,
+        protocol::{Method, Params},
+    };
 
     fn caller() -> Caller {
         (*Caller::anonymous()).clone()
@@ -331,6 +360,34 @@ mod tests {
         }
         assert!(sessions.get(&idle, &Principal::anonymous(), &Scope::Gateway).is_none());
         assert_eq!(sessions.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn questions_nobody_answers_do_not_pile_up() {
+        let client = Client { capabilities: r#"{"roots":{}}"#.into(), ..Client::gateway() };
+        let session = Session::new(Caller { client, ..caller() }, Streams::new(Memory::SESSION));
+        let ask = || {
+            let (reply, answer) = Reply::new();
+            session.push_question(ServerRequest {
+                method: Method::RootsList,
+                params: Params::default(),
+                reply,
+            });
+            answer
+        };
+        assert!(ask().await.is_ok(), "refused: nobody is there");
+        let _reader = session.open_outbox(false);
+        let mut answers: Vec<_> = (0..=MOST_UNRELATED).map(|_| ask()).collect();
+        assert!(answers[0].try_recv().is_ok(), "the oldest is refused");
+        assert!(answers[1..].iter_mut().all(|answer| answer.try_recv().is_err()), "the others are open");
+        for _ in 0..MOST_ASKED {
+            assert!(session.ask(Reply::new().0).is_some());
+        }
+        assert!(session.ask(Reply::new().0).is_none());
+        let refused = RequestId::from(2 + MOST_UNRELATED as u64);
+        assert!(session.answered(&refused).is_some() && session.answered(&refused).is_none());
+        session.close();
+        assert!(answers.last_mut().unwrap().try_recv().is_ok(), "they end with the session");
     }
 
     #[tokio::test(start_paused = true)]
