@@ -75,8 +75,10 @@ struct Track {
     events: VecDeque<Event>,
     /// The number of the first of them; the first of all is 1.
     first: u64,
-    /// How many of them were taken by a reader.
+    /// How many of them its reader has taken.
     taken: usize,
+    /// The number of the last that was ever given to a reader. A number always means the same event.
+    given: u64,
     unread_bytes: usize,
     reader: Option<u64>,
     waker: Option<Waker>,
@@ -160,7 +162,7 @@ impl Streams {
         // Everything after it must be there, and it must have been sent.
         let taken = id.number.checked_add(1).and_then(|next| next.checked_sub(track.first));
         let taken = taken.and_then(|taken| usize::try_from(taken).ok()).ok_or(Unresumable)?;
-        if taken > track.taken {
+        if id.number > track.given {
             return Err(Unresumable);
         }
         track.taken = taken;
@@ -237,6 +239,11 @@ impl Track {
         self.events.len() - self.taken
     }
 
+    /// How many of the events here were ever given to a reader.
+    fn given_here(&self) -> usize {
+        (self.given + 1).saturating_sub(self.first) as usize
+    }
+
     fn is_full(&self, most: usize, size: usize) -> bool {
         let unread = self.unread();
         unread > 0 && (unread >= most || self.unread_bytes + size > UNREAD_BYTES)
@@ -254,7 +261,7 @@ impl Track {
 
     fn has_unsent(&self, message: &Chunks) -> bool {
         let wanted = message::join(&message.0);
-        let mut unsent = self.events.iter().skip(self.taken);
+        let mut unsent = self.events.iter().skip(self.given_here());
         unsent.any(|event| event.size == wanted.len() && message::join(&event.message.0) == wanted)
     }
 
@@ -272,7 +279,8 @@ impl Track {
     /// Puts newer progress in the place of what is still unsent of the same.
     fn replace(&mut self, event: &mut Option<Event>, bytes: &mut usize) -> bool {
         let Some(token) = event.as_ref().and_then(|event| event.progress.clone()) else { return false };
-        let unsent = self.events.iter_mut().skip(self.taken).rev();
+        let given = self.given_here();
+        let unsent = self.events.iter_mut().skip(given).rev();
         let Some(older) = unsent.into_iter().find(|older| older.progress.as_ref() == Some(&token)) else {
             return false;
         };
@@ -436,6 +444,7 @@ impl Stream for Reader {
         let message = Some(event.message.clone());
         track.unread_bytes -= event.size;
         track.taken += 1;
+        track.given = track.given.max(track.first + track.taken as u64 - 1);
         let sent = Sent { id: id(track), message };
         if memory == Memory::NONE {
             track.forget_first(events, bytes);
@@ -519,6 +528,8 @@ mod tests {
             let texts: Vec<String> = read(&mut reader).into_iter().map(|(_, text)| text).collect();
             assert_eq!(texts, expected);
         }
+        // Going back and stopping there takes nothing away from what was given.
+        drop(streams.resume(&seen[0].0).unwrap());
         let mut first = streams.resume(&seen[2].0).unwrap();
         let mut second = streams.resume(&seen[2].0).unwrap();
         assert!(first.next().now_or_never().unwrap().is_none(), "one message on one stream");
@@ -625,6 +636,21 @@ mod tests {
             assert!(!outlet.is_read() && !outlet.offer(chunks("question"), true));
             assert!(streams.lock().events <= 256);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_number_always_means_the_same_event() {
+        let streams = Streams::new(Memory::SESSION);
+        let (outlet, mut reader) = streams.open(true);
+        let start = read(&mut reader)[0].0.clone();
+        for n in 0..UNREAD {
+            outlet.notify(&progress(7, n)).await;
+        }
+        let given = read(&mut reader);
+        // Back at the start all is unread again, and there is no room.
+        let mut reader = streams.resume(&start).unwrap();
+        assert!(outlet.notify(&progress(7, 1000)).now_or_never().is_none());
+        assert_eq!(read(&mut reader), given);
     }
 
     #[tokio::test(start_paused = true)]

@@ -356,6 +356,15 @@ async fn with_a_daemon_running_it_is_the_daemon_that_is_spoken_with() {
     three.answer(1).await;
     daemon.kill();
     assert_eq!(three.ended().await.1, Some(1), "a client must notice");
+
+    let daemon = home.serve(&["--demo"]);
+    let mut four = Program::start(&home, &[]);
+    four.modern(1, "subscriptions/listen", json!({ "notifications": { "toolsListChanged": true } })).await;
+    four.until("notifications/subscriptions/acknowledged").await;
+    assert_eq!(daemon.end("-TERM"), Some(0));
+    let (rest, code) = four.ended().await;
+    assert!(rest.contains("notifications/cancelled") && rest.contains(r#""id":1,"result""#), "{rest}");
+    assert_eq!(code, Some(1));
 }
 
 #[tokio::test]
