@@ -277,7 +277,7 @@ impl<S: McpService> Connection<S> {
     }
 
     /// Done when the connection is about to end.
-    fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub(in crate::server) fn ended(&self) -> impl Future<Output = ()> + Send + use<S> {
         let mut ending = self.ending.subscribe();
         // An error would say that it has ended.
         async move { drop(ending.wait_for(|now| *now).await) }

@@ -434,18 +434,21 @@ impl Stream for Reader {
             self.primed = false;
             return Poll::Ready(Some(Sent { id, message: None }));
         }
-        let Some(event) = track.events.get(track.taken) else {
+        let Some(event) = track.events.get_mut(track.taken) else {
             if track.ended {
                 return Poll::Ready(None);
             }
             track.waker = Some(cx.waker().clone());
             return Poll::Pending;
         };
-        let message = Some(event.message.clone());
+        let message = match memory == Memory::NONE {
+            true => std::mem::take(&mut event.message),
+            false => event.message.clone(),
+        };
         track.unread_bytes -= event.size;
         track.taken += 1;
         track.given = track.given.max(track.first + track.taken as u64 - 1);
-        let sent = Sent { id: id(track), message };
+        let sent = Sent { id: id(track), message: Some(message) };
         if memory == Memory::NONE {
             track.forget_first(events, bytes);
         }

@@ -674,6 +674,23 @@ async fn a_session_of_the_old_transport_is_its_clients_alone_and_ends_with_the_s
 }
 
 #[tokio::test]
+async fn a_gateway_that_ends_answers_the_old_clients_first() {
+    let fixture = Fixture::modern().await;
+    let mut gateway = Gateway::with([("fix", fixture.url())]).start().await;
+    let (mut busy, mut idle) = (Old::open(&gateway).await, Old::open(&gateway).await);
+    busy.initialize(json!({})).await;
+    idle.initialize(json!({})).await;
+    let params = json!({ "name": "fix_slow", "arguments": { "ms": 300 } });
+    busy.send(json!({ "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params })).await;
+    gateway.shut_down();
+    assert_eq!(idle.stream.next().await, None);
+    let answer = busy.stream.next_json().await;
+    assert!(answer["id"] == 1 && answer["result"].is_object(), "{answer}");
+    assert_eq!(busy.stream.next().await, None);
+    gateway.ended().await;
+}
+
+#[tokio::test]
 async fn clients_of_the_old_transport_have_a_cap() {
     let fixture = Fixture::modern().await;
     let options = Options::default().most_sessions(1);

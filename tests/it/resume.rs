@@ -164,6 +164,25 @@ async fn a_client_that_was_away_too_long_is_told_so() {
 }
 
 #[tokio::test]
+async fn what_happened_while_a_client_was_away_waits_in_little_room() {
+    let fixture = Fixture::legacy().await;
+    let gateway = Gateway::with([("fix", fixture.url())]).start().await;
+    let client = gateway.legacy_with(json!({ "elicitation": {} })).await;
+    let mut call = elicit(&client).open().await;
+    let (primed, _) = next(&mut call).await;
+    drop(call);
+    // Others come and go; each has a stream of its own, and all of them fit.
+    for _ in 0..50 {
+        let params = json!({ "name": "fix_test_tool_with_progress", "_meta": { "progressToken": "p" } });
+        client.ask("tools/call", params).await.result();
+    }
+    let mut again = resume(&client, &primed).open().await;
+    let (_, question) = next(&mut again).await;
+    client.answer(&question.expect("the question"), answer()).await;
+    assert!(next(&mut again).await.1.expect("the result")["result"].is_object());
+}
+
+#[tokio::test]
 async fn modern_streams_have_no_ids() {
     let fixture = Fixture::modern().await;
     let gateway = Gateway::with([("fix", fixture.url())]).start().await;

@@ -8,6 +8,7 @@ use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -34,6 +35,8 @@ use crate::{
 
 /// The most requests that one client may have under way.
 const MOST_REQUESTS: u32 = 256;
+/// A little less than the listener gives.
+const GRACE: Duration = Duration::from_secs(7);
 
 /// The HTTP+SSE door: an MCP service as an HTTP service for clients of 2024-11-05.
 ///
@@ -158,16 +161,30 @@ fn open<S: McpService>(
             let why = "too many sessions are open; try again later";
             return Err(Refused::new(StatusCode::SERVICE_UNAVAILABLE, code::OVERLOADED, why));
         }
-        clients.insert(id.clone(), Arc::new(Client { principal, scope, connection }));
+        clients.insert(id.clone(), Arc::new(Client { principal, scope, connection: connection.clone() }));
+    }
+    if draining.is_some() {
+        tokio::spawn(end_with(connection.clone(), drained(draining)));
     }
     let path = uri.path().trim_end_matches('/');
     let endpoint = format!("event: endpoint\ndata: {path}{MESSAGES}?session={id}\n\n");
-    let said = reader.take_until(drained(draining)).map(move |sent| {
+    let said = reader.map(move |sent| {
         // It lives as long as the stream, and ends the session with it.
         let _ = &open;
         sent
     });
     Ok(events_after(Some(endpoint.into()), Events::Numbered(Box::pin(said))))
+}
+
+/// Ends the session in good order when the server is about to end: what is under way is answered on the stream.
+async fn end_with<S: McpService>(connection: Arc<Connection<S>>, drained: impl Future<Output = ()>) {
+    tokio::select! {
+        () = drained => {
+            connection.drain(GRACE).await;
+            connection.close();
+        }
+        () = connection.ended() => {}
+    }
 }
 
 async fn take<S: McpService>(client: &Client<S>, message: Message) -> Result<Response<DoorBody>, Refused> {
