@@ -42,7 +42,7 @@
 //! # The onion
 //!
 //! ```text
-//!  client ─▶ door (server::McpHttp)       both eras of MCP become one kind of request
+//!  client ─▶ door (server::McpHttp, ..)   both eras of MCP become one kind of request
 //!             └▶ edge stack               rescue · trace · paginate · access · yours        once per request
 //!                 └▶ gateway              one lookup: whose is this name?
 //!                     └▶ upstream stack   concurrency · timeout                             once per upstream
@@ -69,7 +69,7 @@
 //! | feature | brings |
 //! |---|---|
 //! | none | protocol, layers, gateway, registry in memory |
-//! | `server` | the HTTP door (axum, hyper) |
+//! | `server` | the doors: HTTP (axum, hyper), stdio, HTTP+SSE |
 //! | `client` | upstreams over HTTP and as child processes |
 //! | `peer` | upstreams over an rmcp peer or in-process handler |
 //! | `redb` | the registry on disk |

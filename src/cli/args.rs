@@ -34,6 +34,7 @@ Exit codes: 0 done, 1 it failed, 2 the command line or the config file is wrong.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     Serve(Serve),
+    Stdio(Stdio),
     Add(Add),
     /// Take a server away, and all that is known of it
     Remove(Name),
@@ -78,6 +79,10 @@ pub(super) struct Serve {
     #[arg(long = "allow-origin", value_name = "ORIGIN")]
     pub(super) origins: Vec<String>,
 
+    /// Also serve the HTTP+SSE transport of 2024-11-05, at /sse, for clients that know no other
+    #[arg(long)]
+    pub(super) sse: bool,
+
     /// How many threads serve connections [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(super) lanes: Option<u16>,
@@ -91,6 +96,18 @@ pub(super) struct Serve {
     /// They are gone when the gateway ends. Without --data-dir nothing else is kept either.
     #[arg(long)]
     pub(super) demo: bool,
+}
+
+/// Serve one client on stdin and stdout.
+///
+/// For clients that only start programs: everything behind the gateway is then one such program. While a gateway runs
+/// on the data directory, the client is passed on to it; otherwise the servers that are registered now run for this
+/// client alone, and changes made meanwhile count from the next start.
+#[derive(Debug, Args)]
+pub(super) struct Stdio {
+    /// Serve the servers of this config file, whatever is registered or runs
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
 }
 
 /// Put a server behind the gateway.

@@ -1,6 +1,6 @@
 //! The command line: what the binary `portcullis` is.
 //!
-//! Every command but `serve` and `connect` works through one `Control`: in the gateway that runs on the data
+//! Every command but `serve`, `stdio` and `connect` works through one `Control`: in the gateway that runs on the data
 //! directory, or on the registry itself when none runs. Results go to stdout, everything said about them to
 //! stderr, each error as one sentence that says what, where and what to do.
 //!
@@ -17,6 +17,7 @@ mod control;
 mod serve;
 mod servers;
 mod spec;
+mod stdio;
 mod tools;
 mod view;
 
@@ -48,15 +49,23 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    start_log(matches!(cli.command, Command::Serve(_)))?;
-    let serves = matches!(cli.command, Command::Serve(_));
+    let (serves, log) = match cli.command {
+        Command::Serve(_) => (true, "info"),
+        Command::Stdio(_) => (true, "warn"),
+        _ => (false, "off"),
+    };
+    start_log(log)?;
+    let on_stdio = matches!(cli.command, Command::Stdio(_));
     // Connections have lanes of their own; what is left is little.
     let mut builder =
         if serves { runtime::Builder::new_multi_thread() } else { runtime::Builder::new_current_thread() };
     let runtime = builder.worker_threads(1).enable_all().build().context("cannot start")?;
     let outcome = runtime.block_on(dispatch(cli));
-    // What is left are tasks that wait for something; the process does not.
-    runtime.shutdown_timeout(Duration::from_millis(500));
+    // What is left are tasks that wait for something, such as a line on stdin; the process does not.
+    match on_stdio {
+        true => runtime.shutdown_background(),
+        false => runtime.shutdown_timeout(Duration::from_millis(500)),
+    }
     outcome
 }
 
@@ -64,6 +73,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
     let dir = DataDir { flag: cli.data_dir };
     match cli.command {
         Command::Serve(args) => serve::run(args, dir).await,
+        Command::Stdio(args) => stdio::run(args, &dir).await,
         Command::Add(args) => servers::add(&args, &dir).await,
         Command::Remove(args) => servers::remove(&args.name, &dir).await,
         Command::Enable(args) => servers::enable(&args.name, &dir).await,
@@ -173,10 +183,9 @@ const WRONG_USE: u8 = 2;
 // === log ===
 
 /// The log goes to stderr. Commands that only ask say themselves what matters, so theirs is off unless wanted.
-fn start_log(serves: bool) -> Result<()> {
+fn start_log(default: &str) -> Result<()> {
     use tracing_subscriber::{EnvFilter, filter::ParseError};
     let wanted = env::process(env::LOG.name).filter(|value| !value.is_empty());
-    let default = if serves { "info" } else { "off" };
     let filter = match &wanted {
         Some(wanted) => EnvFilter::builder().parse(wanted.to_string_lossy()),
         None => EnvFilter::builder().parse(default),

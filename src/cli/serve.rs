@@ -45,6 +45,7 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
     let listen = doors.local_addr().context("cannot listen")?;
     let socket = home.lock.map(Socket::bind).transpose()?;
 
+    let sse = args.sse || config.as_ref().and_then(|config| config.sse).unwrap_or_default();
     let (registry, keeps) = (home.registry, home.data_dir.is_some());
     let servers = config.map(|config| config.servers);
     let settings = Settings { naming: naming.clone(), ..Settings::default() };
@@ -69,7 +70,7 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
         let info = Info { version, pid: process::id(), listen, keeps };
         tokio::spawn(socket.serve(Desk::new(app.clone(), keeps), info))
     });
-    let served = serve_doors(&app, doors, &args, shutdown).await;
+    let served = serve_doors(&app, doors, &args, sse, shutdown).await;
 
     if let Some(control) = control {
         control.abort();
@@ -98,10 +99,14 @@ async fn serve_doors(
     app: &App,
     doors: server::Server,
     args: &args::Serve,
+    sse: bool,
     shutdown: oneshot::Receiver<()>,
 ) -> std::io::Result<()> {
     let door = server::McpHttp::with_options(app.service(), options(args));
-    let router = server::mount(door).route("/healthz", get(|| std::future::ready("ok")));
+    let mut router = server::mount(door).route("/healthz", get(|| std::future::ready("ok")));
+    if sse {
+        router = router.merge(server::mount_sse(server::McpSse::with_options(app.service(), options(args))));
+    }
     let shutdown = async {
         // An error would mean that nobody can send any more, and then nobody shuts down.
         if shutdown.await.is_err() {
@@ -299,7 +304,7 @@ fn quoted(path: &Path) -> String {
 // === how it ends ===
 
 /// Fires at the first SIGINT or SIGTERM. A second one ends the process at once.
-fn signals() -> Result<oneshot::Receiver<()>> {
+pub(super) fn signals() -> Result<oneshot::Receiver<()>> {
     let mut interrupted = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
     let mut terminated = signal(SignalKind::terminate()).context("cannot listen for signals")?;
     let (fire, fired) = oneshot::channel();

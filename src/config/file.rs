@@ -16,6 +16,7 @@ use super::problem::{Place, Problems};
 #[derive(Default)]
 pub(super) struct RawFile {
     pub(super) listen: Option<Placed<String>>,
+    pub(super) sse: Option<Placed<bool>>,
     pub(super) naming: Option<Placed<String>>,
     pub(super) separator: Option<Placed<String>>,
     pub(super) servers: Vec<RawServer>,
@@ -104,6 +105,7 @@ impl<'a> Reader<'a, '_> {
         keys.take("$schema");
         let file = RawFile {
             listen: keys.take("listen").and_then(|node| self.string(node)),
+            sse: keys.take("sse").and_then(|node| self.boolean(node)),
             naming: keys.take("naming").and_then(|node| self.string(node)),
             separator: keys.take("separator").and_then(|node| self.string(node)),
             servers: self.servers(&mut keys),

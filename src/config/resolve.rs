@@ -19,6 +19,8 @@ use crate::{
 pub struct Config {
     /// Where to listen.
     pub listen: Option<SocketAddr>,
+    /// Whether the HTTP+SSE transport of 2024-11-05 is served, too.
+    pub sse: Option<bool>,
     /// How exposed names are made; there when the file has `naming` or `separator`.
     pub naming: Option<Naming>,
     /// The servers, in the order of the file, each with [`Origin::File`].
@@ -30,7 +32,7 @@ pub(super) fn resolve(raw: RawFile, problems: &mut Problems) -> Config {
     let listen = raw.listen.and_then(|listen| listen_address(&listen, problems));
     let naming = naming(raw.naming.as_ref(), raw.separator.as_ref(), problems);
     let servers = raw.servers.into_iter().filter_map(|server| resolve_server(server, problems)).collect();
-    Config { listen, naming, servers }
+    Config { listen, sse: raw.sse.map(|sse| sse.value), naming, servers }
 }
 
 // === the gateway's own keys ===

@@ -41,6 +41,7 @@ fn reads_everything_there_is() {
         {
             "$schema": "https://example.com/schema.json",
             "listen": "127.0.0.1:9000",
+            "sse": true,
             "naming": "on-collision",
             "separator": "__",
             "mcpServers": {
@@ -87,6 +88,7 @@ fn reads_everything_there_is() {
         config,
         Config {
             listen: Some("127.0.0.1:9000".parse().unwrap()),
+            sse: Some(true),
             naming: Some(naming),
             servers: vec![zeta, alpha, mid],
         }
@@ -193,7 +195,7 @@ fn unknown_keys_are_told_with_the_right_one() {
     );
     assert_eq!(
         refused(r#"{"zzz zzz": 1}"#),
-        "f:1:2: [\"zzz zzz\"]: unknown key; known here: $schema, listen, naming, separator, mcpServers, servers"
+        "f:1:2: [\"zzz zzz\"]: unknown key; known here: $schema, listen, sse, naming, separator, mcpServers, servers"
     );
 }
 

@@ -518,9 +518,9 @@ fn health_is_answered() {
 fn the_help_is_as_it_was_agreed() {
     let home = Home::new();
     let mut help = home.ok(&["--help"]);
-    for command in
-        ["serve", "add", "remove", "enable", "disable", "list", "tools", "call", "refresh", "connect"]
-    {
+    for command in [
+        "serve", "stdio", "add", "remove", "enable", "disable", "list", "tools", "call", "refresh", "connect",
+    ] {
         help += &format!("\n=== {command}\n\n{}", home.ok(&[command, "--help"]));
     }
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/help.txt");

@@ -8,6 +8,8 @@ mod changes;
 #[cfg(feature = "daemon")]
 mod cli;
 #[cfg(feature = "daemon")]
+mod doors;
+#[cfg(feature = "daemon")]
 mod examples;
 #[cfg(feature = "daemon")]
 mod extensions;
@@ -25,6 +27,8 @@ mod legacy;
 mod modern;
 #[cfg(feature = "daemon")]
 mod parked;
+#[cfg(feature = "daemon")]
+mod resume;
 #[cfg(feature = "daemon")]
 mod rmcp_client;
 #[cfg(feature = "daemon")]

@@ -11,6 +11,7 @@ use tower::ServiceExt as _;
 
 use super::{Arguments, Call, Called, Edit, Edited, Missing, ServerView, Servers, State, Tool, Tools};
 use crate::{
+    BoxMcpService,
     app::App,
     cli::view,
     gateway::StatusKind,
@@ -29,6 +30,11 @@ impl Desk {
     /// On `app`. `keeps` says whether what is written outlives it.
     pub(in crate::cli) fn new(app: App, keeps: bool) -> Self {
         Desk { app, keeps }
+    }
+
+    /// The edge.
+    pub(super) fn service(&self) -> BoxMcpService {
+        self.app.service()
     }
 
     pub(super) async fn servers(&self) -> Result<Servers> {

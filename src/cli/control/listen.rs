@@ -14,19 +14,23 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, Path as PathParam, State},
+    extract::{DefaultBodyLimit, Path as PathParam, Request, State},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use bytes::Bytes;
 use http::{StatusCode, header};
-use hyper::server::conn::http1;
+use hyper::{server::conn::http1, upgrade::OnUpgrade};
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::{net::UnixListener, task::JoinSet};
+use tokio::{net::UnixListener, sync::watch, task::JoinSet};
 
-use super::{Control, Desk, Info, remote::Refusal, socket_path};
-use crate::protocol::ServerName;
+use super::{
+    Control, Desk, Info,
+    remote::{LINE, Refusal},
+    socket_path,
+};
+use crate::{protocol::ServerName, server::McpStdio};
 
 /// The right to serve a data directory; given back when it is dropped.
 pub(in crate::cli) struct Lock {
@@ -95,14 +99,17 @@ impl Socket {
 
     /// Answers until it is dropped, which ends what is under way.
     pub(in crate::cli) async fn serve(self, desk: Desk, info: Info) {
-        let router = router(desk, info);
+        // Dropped with this, it ends the lines, each in good order.
+        let (_lines, ending) = watch::channel(());
+        let router = router(desk, info, ending);
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let service = TowerToHyperService::new(router.clone());
-                        connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+                        let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+                        connections.spawn(connection.with_upgrades());
                     }
                     Err(error) => {
                         // Out of file descriptors, most likely: others are closed soon.
@@ -131,8 +138,10 @@ const LONGEST_PATH: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 /// More than any call's arguments; it is the owner's own memory.
 const LARGEST_BODY: usize = 64 * 1024 * 1024;
 
-fn router(desk: Desk, info: Info) -> Router {
+fn router(desk: Desk, info: Info, ending: watch::Receiver<()>) -> Router {
+    let served = desk.clone();
     Router::new()
+        .route("/line", get(move |request| std::future::ready(line(&served, request, ending.clone()))))
         .route("/info", get(move || std::future::ready(Json(info.clone()))))
         .route("/servers", get(servers).post(edit))
         .route("/servers/{name}/refresh", post(refresh))
@@ -140,6 +149,26 @@ fn router(desk: Desk, info: Info) -> Router {
         .route("/call", post(call))
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(desk)
+}
+
+/// A client on somebody's stdin and stdout, passed on byte for byte.
+fn line(desk: &Desk, mut request: Request, mut ending: watch::Receiver<()>) -> Response {
+    let asked = request.headers().get(header::UPGRADE).is_some_and(|value| value == LINE);
+    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>().filter(|_| asked) else {
+        return refuse(StatusCode::UPGRADE_REQUIRED, format!("this is a line for `{LINE}`"));
+    };
+    let door = McpStdio::new(desk.service());
+    tokio::spawn(async move {
+        let Ok(line) = upgrade.await else { return };
+        let (input, output) = tokio::io::split(TokioIo::new(line));
+        // Nothing is ever sent: it ends when the socket does.
+        let ended = async move { while ending.changed().await.is_ok() {} };
+        if let Err(error) = door.serve(input, output, ended).await {
+            tracing::debug!(%error, "a line broke");
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, LINE)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
 }
 
 async fn servers(State(desk): State<Desk>) -> Response {

@@ -13,7 +13,7 @@ use crate::{
     cli::view,
     layers::AccessRules,
     protocol::{Naming, ServerName},
-    registry::{BackendError, Origin, RedbBackend, Registry, ServerRecord},
+    registry::{BackendError, MemoryBackend, Origin, RedbBackend, Registry, ServerRecord},
 };
 
 /// The registry, opened for one operation.
@@ -42,6 +42,21 @@ impl Local {
             let outcome = edit.word();
             let change = apply(&self.registry, edit).map_err(|error| explain(error, &before))?;
             Ok(edited_of(outcome, &change))
+        })
+        .await
+    }
+
+    /// What is registered and known, in memory. The registry on disk is let go.
+    pub(super) async fn copied(self) -> Result<(Registry, Naming)> {
+        blocking(move || {
+            let copy = Registry::open(Arc::new(MemoryBackend::new()))?;
+            for server in &self.registry.snapshot().servers {
+                copy.create_server(ServerRecord { origin: Origin::Cli, ..(**server).clone() })?;
+                if let Some(catalog) = self.registry.catalog(&server.name)? {
+                    copy.put_catalog(&server.name, &catalog)?;
+                }
+            }
+            Ok((copy, recall_naming(&self.registry)))
         })
         .await
     }

@@ -17,6 +17,8 @@ use std::{
 };
 
 use anyhow::Result;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -27,8 +29,8 @@ pub(super) use local::{open_registry, remember_naming};
 use remote::Remote;
 
 use crate::{
-    protocol::ServerName,
-    registry::{Origin, ServerRecord},
+    protocol::{Naming, ServerName},
+    registry::{Origin, Registry, ServerRecord},
     upstream::Isolation,
 };
 
@@ -38,6 +40,14 @@ pub(super) enum Control {
     Local(Local),
     /// Through the gateway that runs.
     Remote(Remote),
+}
+
+/// Where a client on stdin and stdout is served.
+pub(super) enum Line {
+    /// In the gateway that runs: both directions of it.
+    There(TokioIo<Upgraded>),
+    /// In this process, on a copy of what is registered. The registry itself stays free for others.
+    Here(Registry, Naming),
 }
 
 // === what goes to and fro ===
@@ -224,6 +234,16 @@ impl Control {
         match self {
             Control::Local(local) => local.at_desk(async |desk| desk.tools(wait).await).await,
             Control::Remote(remote) => remote.tools(wait).await,
+        }
+    }
+
+    /// The way for a client on stdin and stdout.
+    pub(super) async fn line(self) -> Result<Line> {
+        match self {
+            Control::Local(local) => {
+                local.copied().await.map(|(registry, naming)| Line::Here(registry, naming))
+            }
+            Control::Remote(remote) => Ok(Line::There(remote.line().await?)),
         }
     }
 

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
-use hyper::client::conn::http1;
+use hyper::{client::conn::http1, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::json;
@@ -75,6 +75,24 @@ impl Remote {
         self.send(Method::POST, "/call", &call).await
     }
 
+    /// A line to the gateway that a client speaks on as if it were stdin and stdout.
+    pub(super) async fn line(self) -> Result<TokioIo<Upgraded>> {
+        let socket = self.socket.display().to_string();
+        let (mut sender, connection) = http1::handshake(TokioIo::new(self.stream)).await?;
+        tokio::spawn(connection.with_upgrades());
+        let request = Request::builder()
+            .uri("/line")
+            .header(http::header::HOST, "portcullis")
+            .header(http::header::CONNECTION, "upgrade")
+            .header(http::header::UPGRADE, LINE)
+            .body(Full::new(Bytes::new()))?;
+        let response = sender.send_request(request).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            bail!("the gateway at {socket} is of another release: stop it and start it again");
+        }
+        Ok(TokioIo::new(hyper::upgrade::on(response).await?))
+    }
+
     async fn send<T: DeserializeOwned>(self, method: Method, path: &str, body: &impl Serialize) -> Result<T> {
         let socket = self.socket.clone();
         let (status, body) = self.exchange(method, path, body).await.with_context(|| {
@@ -114,4 +132,6 @@ impl Remote {
     }
 }
 
+/// What a line is called in `Upgrade`.
+pub(super) const LINE: &str = "mcp-stdio";
 const INFO_WITHIN: Duration = Duration::from_secs(2);

@@ -9,13 +9,19 @@ use std::{
     time::Duration,
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use futures_core::Stream;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use super::answer::Chunks;
+use crate::server::{
+    message::Chunks,
+    modern::Messages,
+    streams::{EventId, Sent},
+};
 
+/// Milliseconds after which a client whose connection broke comes back.
+const RETRY: u32 = 3000;
 /// A comment this often keeps boxes in between from closing a quiet stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -24,14 +30,39 @@ pub struct DoorBody(Kind);
 
 enum Kind {
     Chunks(VecDeque<Bytes>),
-    Events(Events),
+    Events(Quiet),
 }
 
-/// Whole messages, as they come.
-pub(super) type Messages = Pin<Box<dyn Stream<Item = Chunks> + Send>>;
+/// Where events come from.
+pub(super) enum Events {
+    /// Messages, and that is all.
+    Plain(Messages),
+    /// Each may have an id to come back with.
+    Numbered(Pin<Box<dyn Stream<Item = Sent> + Send>>),
+}
 
-struct Events {
-    messages: Messages,
+impl Events {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<VecDeque<Bytes>>> {
+        match self {
+            Events::Plain(messages) => messages.as_mut().poll_next(cx).map(|next| Some(event(None, next?))),
+            Events::Numbered(sent) => sent.as_mut().poll_next(cx).map(|next| {
+                let Sent { id, message } = next?;
+                Some(match (id, message) {
+                    (id, Some(message)) => event(id, message),
+                    (Some(id), None) => {
+                        let text = format!("id: {id}\nretry: {RETRY}\ndata: \n\n");
+                        VecDeque::from([Bytes::from(text)])
+                    }
+                    (None, None) => VecDeque::from([Bytes::from_static(b":\n\n")]),
+                })
+            }),
+        }
+    }
+}
+
+/// Events, and a sign of life when there are none.
+struct Quiet {
+    events: Events,
     quiet: Pin<Box<Sleep>>,
     /// The rest of an event whose beginning is out.
     rest: VecDeque<Bytes>,
@@ -48,10 +79,10 @@ impl DoorBody {
         DoorBody(Kind::Chunks(chunks.joined()))
     }
 
-    /// Each message an event.
-    pub(super) fn events(messages: Messages) -> Self {
+    /// Each message an event, behind a first one that is written already.
+    pub(super) fn events(first: Option<Bytes>, events: Events) -> Self {
         let quiet = Box::pin(tokio::time::sleep(KEEP_ALIVE));
-        DoorBody(Kind::Events(Events { messages, quiet, rest: VecDeque::new() }))
+        DoorBody(Kind::Events(Quiet { events, quiet, rest: first.into_iter().collect() }))
     }
 }
 
@@ -83,15 +114,15 @@ impl Body for DoorBody {
     }
 }
 
-impl Events {
+impl Quiet {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if let Some(chunk) = self.rest.pop_front() {
             return Poll::Ready(Some(chunk));
         }
-        match self.messages.as_mut().poll_next(cx) {
-            Poll::Ready(Some(message)) => {
+        match self.events.poll_next(cx) {
+            Poll::Ready(Some(event)) => {
                 self.quiet.as_mut().reset(Instant::now() + KEEP_ALIVE);
-                self.rest = event(message);
+                self.rest = event;
                 Poll::Ready(self.rest.pop_front())
             }
             Poll::Ready(None) => Poll::Ready(None),
@@ -108,30 +139,16 @@ impl Events {
     }
 }
 
-/// One message as one event. JSON may stand on several lines; between tokens a line break is as good as a space, and
-/// within strings JSON has none.
-fn event(message: Chunks) -> VecDeque<Bytes> {
-    let mut chunks = message.0;
-    chunks.insert(0, Bytes::from_static(b"event: message\ndata: "));
-    chunks.push(Bytes::from_static(b"\n\n"));
-    let (first, last) = (0, chunks.len() - 1);
-    for (i, chunk) in chunks.iter_mut().enumerate() {
-        if i != first && i != last && memchr::memchr2(b'\n', b'\r', chunk).is_some() {
-            let mut flat = BytesMut::from(&chunk[..]);
-            flat.iter_mut().filter(|b| matches!(**b, b'\n' | b'\r')).for_each(|b| *b = b' ');
-            *chunk = flat.freeze();
-        }
-    }
-    Chunks(chunks).joined()
-}
-
-/// Below this, one copy is cheaper than one more write.
-pub(super) const JOIN_BELOW: usize = 16 * 1024;
-
-pub(super) fn join(chunks: &[Bytes]) -> Bytes {
-    let mut joined = BytesMut::with_capacity(chunks.iter().map(Bytes::len).sum());
-    chunks.iter().for_each(|chunk| joined.put_slice(chunk));
-    joined.freeze()
+/// One message as one event.
+fn event(id: Option<EventId>, mut message: Chunks) -> VecDeque<Bytes> {
+    message.flatten();
+    let head = match id {
+        Some(id) => format!("id: {id}\nevent: message\ndata: ").into(),
+        None => Bytes::from_static(b"event: message\ndata: "),
+    };
+    message.0.insert(0, head);
+    message.0.push(Bytes::from_static(b"\n\n"));
+    message.joined()
 }
 
 impl fmt::Debug for DoorBody {
@@ -157,7 +174,8 @@ mod tests {
             tokio::time::sleep(KEEP_ALIVE * 2 + Duration::from_secs(1)).await;
             message
         });
-        let body = DoorBody::events(Box::pin(messages)).collect().await.unwrap().to_bytes();
+        let body =
+            DoorBody::events(None, Events::Plain(Box::pin(messages))).collect().await.unwrap().to_bytes();
         let expected = ": keep-alive\n\n: keep-alive\n\nevent: message\ndata: {\"a\":[1, 2]}\n\n";
         assert_eq!(std::str::from_utf8(&body).unwrap(), expected);
     }

@@ -3,13 +3,11 @@
 //! A request with the modern `_meta` is served by itself; `initialize` opens a legacy session (MCP 2026-07-28,
 //! basic/versioning). Which it is, is decided here and nowhere further in.
 
-mod answer;
 mod body;
-mod converse;
 mod legacy;
 mod modern;
 mod origin;
-mod session;
+mod sse;
 
 use std::{
     convert::Infallible,
@@ -27,14 +25,19 @@ use http_body::Body;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tower::Service;
 
-use self::{answer::Chunks, origin::Allowed, session::Sessions};
+use self::origin::Allowed;
+use super::{
+    legacy::Sessions,
+    message::Chunks,
+    refusal::{Refusal, check_kind},
+};
 use crate::{
     BoxError, McpService,
     identity::{Principal, Scope},
-    layers::rescue::{self, Asked},
-    protocol::{HttpHint, McpRequest, McpResponse, Message, ParseError, RequestId, RpcError, code},
+    protocol::{HttpHint, Message, ParseError, code},
 };
 pub use body::DoorBody;
+pub use sse::McpSse;
 
 const VERSION_HEADER: &str = "mcp-protocol-version";
 const SESSION_HEADER: &str = "mcp-session-id";
@@ -185,25 +188,21 @@ where
     }
 }
 
-/// An answer given at the door.
+/// A refusal with its status.
 struct Refused {
     status: StatusCode,
-    id: Option<RequestId>,
-    error: RpcError,
+    refusal: Refusal,
     allow: Option<&'static str>,
 }
 
 impl Refused {
-    fn new(status: StatusCode, id: Option<RequestId>, code: i64, message: impl Into<String>) -> Self {
-        Refused { status, id, error: RpcError::new(code, message), allow: None }
-    }
-
-    fn with(status: StatusCode, id: Option<RequestId>, error: RpcError) -> Self {
-        Refused { status, id, error, allow: None }
+    /// One about no request in particular.
+    fn new(status: StatusCode, code: i64, message: impl Into<String>) -> Self {
+        Refused { status, refusal: Refusal::new(None, code, message), allow: None }
     }
 
     fn into_response(self) -> Response<DoorBody> {
-        let mut response = json(self.status, answer::error(self.id.as_ref(), &self.error));
+        let mut response = json(self.status, self.refusal.message());
         if let Some(allow) = self.allow {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
         }
@@ -211,9 +210,21 @@ impl Refused {
     }
 }
 
+/// What has no status of its own is the client's fault.
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        let status = match refusal.error.code() {
+            code::METHOD_NOT_FOUND => StatusCode::NOT_FOUND,
+            code::OVERLOADED => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        Refused { status, refusal, allow: None }
+    }
+}
+
 impl From<ParseError> for Refused {
     fn from(e: ParseError) -> Self {
-        Refused::new(StatusCode::BAD_REQUEST, e.id, e.code, e.message)
+        Refusal::from(e).into()
     }
 }
 
@@ -254,7 +265,7 @@ where
 {
     let (parts, body) = request.into_parts();
     if let Some(why) = door.options.allowed.refusal(&parts.headers, &parts.uri) {
-        return Err(Refused::new(StatusCode::FORBIDDEN, None, code::INVALID_REQUEST, why));
+        return Err(Refused::new(StatusCode::FORBIDDEN, code::INVALID_REQUEST, why));
     }
     match parts.method {
         Method::POST => {
@@ -283,29 +294,11 @@ async fn dispatch<S: McpService>(
     legacy::serve(service, door, head, message).await
 }
 
-/// A method says by its name whether it is answered. One that is sent the other way would pass by the checks of its
-/// kind.
-fn check_kind(message: &Message) -> Result<(), Refused> {
-    let refuse = |id: Option<&RequestId>, why: &str| {
-        Err(Refused::new(StatusCode::BAD_REQUEST, id.cloned(), code::INVALID_REQUEST, why))
-    };
-    match message {
-        Message::Notification { method, .. } if !method.is_notification() => {
-            refuse(None, "a request needs an `id`")
-        }
-        Message::Request { id, method, .. } if method.is_notification() => {
-            refuse(Some(id), "a notification has no `id`")
-        }
-        _ => Ok(()),
-    }
-}
-
 fn method_not_allowed() -> Refused {
     Refused {
         allow: Some("POST"),
         ..Refused::new(
             StatusCode::METHOD_NOT_ALLOWED,
-            None,
             code::INVALID_REQUEST,
             "only POST is served without a session",
         )
@@ -313,18 +306,22 @@ fn method_not_allowed() -> Refused {
 }
 
 fn check_media_types(headers: &HeaderMap) -> Result<(), Refused> {
+    check_content_type(headers)?;
+    check_accept(headers)
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), Refused> {
     let essence = |value: &HeaderValue| -> Option<String> {
         Some(value.to_str().ok()?.split(';').next()?.trim().to_ascii_lowercase())
     };
     if headers.get(header::CONTENT_TYPE).and_then(essence).as_deref() != Some("application/json") {
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-        return Err(Refused::new(
-            status,
-            None,
-            code::INVALID_REQUEST,
-            "Content-Type must be application/json",
-        ));
+        return Err(Refused::new(status, code::INVALID_REQUEST, "Content-Type must be application/json"));
     }
+    Ok(())
+}
+
+fn check_accept(headers: &HeaderMap) -> Result<(), Refused> {
     let mut accepted =
         headers.get_all(header::ACCEPT).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
     // Whoever says nothing takes anything (RFC 9110, 12.5.1).
@@ -339,9 +336,23 @@ fn check_media_types(headers: &HeaderMap) -> Result<(), Refused> {
         true => Ok(()),
         false => Err(Refused::new(
             StatusCode::NOT_ACCEPTABLE,
-            None,
             code::INVALID_REQUEST,
             "Accept must list application/json and text/event-stream",
+        )),
+    }
+}
+
+/// Whoever opens a stream must say that it takes one.
+fn check_takes_events(headers: &HeaderMap) -> Result<(), Refused> {
+    let accepts = headers.get_all(header::ACCEPT).iter().any(|v| {
+        v.to_str().is_ok_and(|v| v.contains("text/event-stream") || v.contains("*/*") || v.contains("text/*"))
+    });
+    match accepts {
+        true => Ok(()),
+        false => Err(Refused::new(
+            StatusCode::NOT_ACCEPTABLE,
+            code::INVALID_REQUEST,
+            "Accept must list text/event-stream",
         )),
     }
 }
@@ -355,7 +366,7 @@ where
     let whole = tokio::time::timeout(BODY_TIME, Limited::new(body.as_mut(), limit).collect()).await;
     let Ok(whole) = whole else {
         let message = format!("the body did not arrive within {} seconds", BODY_TIME.as_secs());
-        return Err(Refused::new(StatusCode::REQUEST_TIMEOUT, None, code::INVALID_REQUEST, message));
+        return Err(Refused::new(StatusCode::REQUEST_TIMEOUT, code::INVALID_REQUEST, message));
     };
     match whole {
         Ok(body) => Ok(body.to_bytes()),
@@ -364,24 +375,11 @@ where
             let rest = async { while let Some(Ok(_)) = body.frame().await {} };
             let _ = tokio::time::timeout(LINGER, rest).await;
             let message = format!("the body is larger than {limit} bytes");
-            Err(Refused::new(StatusCode::PAYLOAD_TOO_LARGE, None, code::INVALID_REQUEST, message))
+            Err(Refused::new(StatusCode::PAYLOAD_TOO_LARGE, code::INVALID_REQUEST, message))
         }
-        Err(_) => Err(Refused::new(
-            StatusCode::BAD_REQUEST,
-            None,
-            code::PARSE_ERROR,
-            "the body did not arrive whole",
-        )),
-    }
-}
-
-/// Calls the service. An error that no layer rescued is rescued here: a stack made by hand may have no such layer.
-async fn call<S: McpService>(service: S, request: McpRequest) -> McpResponse {
-    use tower::ServiceExt as _;
-    let asked = Asked::of(&request);
-    match service.oneshot(request).await {
-        Ok(response) => response,
-        Err(error) => rescue::answer(error.into(), &asked),
+        Err(_) => {
+            Err(Refused::new(StatusCode::BAD_REQUEST, code::PARSE_ERROR, "the body did not arrive whole"))
+        }
     }
 }
 
@@ -394,8 +392,13 @@ fn json(status: StatusCode, chunks: Chunks) -> Response<DoorBody> {
 }
 
 /// A stream of messages.
-fn events(messages: body::Messages) -> Response<DoorBody> {
-    let mut response = Response::new(DoorBody::events(messages));
+fn events(messages: body::Events) -> Response<DoorBody> {
+    events_after(None, messages)
+}
+
+/// The same behind a first event, which is written already.
+fn events_after(first: Option<Bytes>, messages: body::Events) -> Response<DoorBody> {
+    let mut response = Response::new(DoorBody::events(first, messages));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
@@ -410,13 +413,21 @@ fn empty(status: StatusCode) -> Response<DoorBody> {
     response
 }
 
+/// Done when the server is about to end.
+async fn drained(draining: Option<super::Draining>) {
+    match draining {
+        Some(draining) => draining.begins().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// What a layer wanted said around the payload.
-fn apply_hint(response: &mut Response<DoorBody>, hint: Option<&HttpHint>, with_status: bool) {
+fn apply_hint(response: &mut Response<DoorBody>, hint: Option<HttpHint>, with_status: bool) {
     let Some(hint) = hint else { return };
     if let (true, Some(status)) = (with_status, hint.status) {
         *response.status_mut() = status;
     }
-    response.headers_mut().extend(hint.headers.clone());
+    response.headers_mut().extend(hint.headers);
 }
 
 impl<S> fmt::Debug for McpHttp<S> {

@@ -9,7 +9,7 @@ use portcullis::{
     identity::Principal,
     layers::AccessRules,
     protocol::{Naming, NamingMode},
-    server::{McpHttp, Options, Server, mount},
+    server::{McpHttp, McpSse, Options, Server, mount, mount_sse},
     stack::{self, Position, Stack},
     upstream::{HttpUpstream, UpstreamSpec},
 };
@@ -171,8 +171,9 @@ impl Builder {
         }
         let rules = Arc::new(ArcSwap::from_pointee(self.rules));
         let edge = self.stack.edge(gateway.clone(), rules.clone());
+        let sse = mount_sse(McpSse::with_options(edge.clone(), self.options.clone()));
         let door = McpHttp::with_options(edge, self.options);
-        let router = mount(door).layer(MapRequestLayer::new(identify));
+        let router = mount(door).merge(sse).layer(MapRequestLayer::new(identify));
         let server = Server::bind(([127, 0, 0, 1], 0).into()).await.expect("a free port");
         // As the daemon serves.
         let server = server.lanes(2);

@@ -204,6 +204,19 @@ impl Stream {
         }
     }
 
+    /// The next event as it stands on the wire.
+    pub(crate) async fn event(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.buffer.windows(2).position(|w| w == b"\n\n") {
+                let event = self.buffer.split_to(end + 2);
+                return Some(String::from_utf8(event.to_vec()).expect("UTF-8"));
+            }
+            let frame = timeout(PATIENCE, self.body.frame()).await.expect("an event in time");
+            let data = frame?.expect("the stream goes on").into_data();
+            self.buffer.extend_from_slice(&data.unwrap_or_default());
+        }
+    }
+
     pub(crate) async fn next_json(&mut self) -> Value {
         let message = self.next().await.expect("one more message");
         serde_json::from_slice(&message).expect("a message is JSON")

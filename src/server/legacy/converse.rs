@@ -10,15 +10,16 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all};
-use tokio::sync::mpsc;
+use serde_json::json;
 
-use super::{answer, answer::Chunks, call, session::Session};
+use super::session::{Session, new_id};
 use crate::{
     McpService,
     protocol::{
         Era, Frame, FrameStream, McpRequest, Method, Params, Payload, RawObject, Reply, RequestId,
         ResultType, RpcError, ServerRequest, code,
     },
+    server::{call, message, streams::Outlet},
 };
 
 /// An upstream that still wants input after this many rounds will never have enough.
@@ -32,8 +33,6 @@ pub(super) struct Conversation<S> {
     pub(super) session: Arc<Session>,
     pub(super) id: RequestId,
     pub(super) request: McpRequest,
-    /// The stream. The client may be gone; the call is not.
-    pub(super) sender: mpsc::Sender<Chunks>,
     /// Questions of this call; none outlives it.
     pub(super) asked: Asked,
 }
@@ -51,16 +50,16 @@ impl<S> Drop for Conversation<S> {
 
 impl<S: McpService> Conversation<S> {
     /// Runs it to its result.
-    pub(super) async fn run(self, first: Payload) {
-        let mut payload = self.settle(first).await;
+    pub(super) async fn run(self, first: Payload, out: &Outlet) {
+        let mut payload = self.settle(first, out).await;
         for _ in 0..MOST_ROUNDS {
             if ResultType::of(&payload) != ResultType::InputRequired {
                 break;
             }
-            payload = match self.retry(payload.to_object()).await {
+            payload = match self.retry(payload.to_object(), out).await {
                 Ok(request) => {
                     let again = call(self.service.clone(), request).await.into_payload();
-                    self.settle(again).await
+                    self.settle(again, out).await
                 }
                 Err(error) => Payload::Error(error),
             };
@@ -69,24 +68,24 @@ impl<S: McpService> Conversation<S> {
             let error = RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input without end");
             payload = Payload::Error(error);
         }
-        self.say(answer::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
+        out.send(message::response(&self.id, self.request.method(), payload, Era::Legacy)).await;
     }
 
     /// Passes everything before the result on.
-    async fn settle(&self, payload: Payload) -> Payload {
+    async fn settle(&self, payload: Payload, out: &Outlet) -> Payload {
         let Payload::Stream(frames) = payload else { return payload };
-        match self.drive(frames).await {
+        match self.drive(frames, out).await {
             Some(payload) => payload,
             None => Payload::Error(RpcError::new(code::INTERNAL_ERROR, "internal error")),
         }
     }
 
-    async fn drive(&self, mut frames: FrameStream) -> Option<Payload> {
+    async fn drive(&self, mut frames: FrameStream, out: &Outlet) -> Option<Payload> {
         while let Some(frame) = frames.next().await {
             match frame {
-                Ok(Frame::Notification(notification)) => self.say(answer::notification(&notification)).await,
+                Ok(Frame::Notification(notification)) => drop(out.notify(&notification).await),
                 Ok(Frame::Request(ServerRequest { method, params, reply })) => {
-                    self.pass_on(method, params, reply).await
+                    self.pass_on(method, params, reply, out).await
                 }
                 Ok(Frame::Final(payload)) => return Some(payload),
                 Err(error) => {
@@ -98,25 +97,27 @@ impl<S: McpService> Conversation<S> {
         None
     }
 
-    fn number(&self, reply: Reply) -> u64 {
-        let number = self.session.ask(reply);
+    /// `None` when too many questions are open already.
+    fn number(&self, reply: Reply) -> Option<u64> {
+        let number = self.session.ask(reply)?;
         self.asked.0.lock().unwrap_or_else(PoisonError::into_inner).push(number);
-        number
+        Some(number)
     }
 
     /// The answer comes with a POST of its own and finds its way by its number.
-    async fn pass_on(&self, method: Method, params: Params, reply: Reply) {
+    async fn pass_on(&self, method: Method, params: Params, reply: Reply, out: &Outlet) {
         match self.request.caller().client.can_answer(&method, &params) {
             Ok(()) => {
-                let id = RequestId::from(self.number(reply));
-                self.say(answer::request(&id, &method, &params)).await;
+                if let Some(number) = self.number(reply) {
+                    out.send(message::request(&RequestId::from(number), &method, &params)).await;
+                }
             }
             Err(error) => reply.refuse(error),
         }
     }
 
     /// The call again, with what the client answered.
-    async fn retry(&self, wanted: Option<RawObject>) -> Result<McpRequest, RpcError> {
+    async fn retry(&self, wanted: Option<RawObject>, out: &Outlet) -> Result<McpRequest, RpcError> {
         let garbled =
             |_| RpcError::new(code::BAD_UPSTREAM, "the upstream asks for input in a way that cannot be read");
         let wanted = wanted.ok_or(()).map_err(garbled)?;
@@ -124,7 +125,7 @@ impl<S: McpService> Conversation<S> {
             Some(questions) => RawObject::parse(questions).map_err(|_| garbled(()))?,
             None => RawObject::empty(),
         };
-        let asked = questions.iter().map(|(key, question)| self.ask(key, question.to_owned().into()));
+        let asked = questions.iter().map(|(key, question)| self.ask(key, question.to_owned().into(), out));
         let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         let mut responses = RawObject::empty();
         for (key, answer) in &answers {
@@ -142,19 +143,21 @@ impl<S: McpService> Conversation<S> {
     }
 
     /// Asks one question and waits for its answer.
-    async fn ask(&self, key: &str, question: Bytes) -> Result<(String, Bytes), RpcError> {
+    async fn ask(&self, key: &str, question: Bytes, out: &Outlet) -> Result<(String, Bytes), RpcError> {
         let garbled =
             || RpcError::new(code::BAD_UPSTREAM, format!("the upstream's question {key:?} cannot be read"));
         let question = RawObject::parse(question).map_err(|_| garbled())?;
         let method = Method::from(&*question.get_string("method").ok_or_else(garbled)?);
-        let params = match question.get_bytes("params") {
+        let mut params = match question.get_bytes("params") {
             Some(params) => Params::parse(params).map_err(|_| garbled())?,
             None => Params::default(),
         };
         self.request.caller().client.can_answer(&method, &params)?;
         let (reply, answer) = Reply::new();
-        let number = self.number(reply);
-        self.say(answer::request(&RequestId::from(number), &method, &params)).await;
+        let too_many = || RpcError::new(code::OVERLOADED, "too many questions are open");
+        let number = self.number(reply).ok_or_else(too_many)?;
+        identify(&method, &mut params);
+        out.send(message::request(&RequestId::from(number), &method, &params)).await;
         let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
         self.session.withdraw(number);
         match answer {
@@ -167,9 +170,12 @@ impl<S: McpService> Conversation<S> {
             _ => Err(RpcError::new(code::TIMED_OUT, format!("the client did not answer {method}"))),
         }
     }
+}
 
-    async fn say(&self, message: Chunks) {
-        // Gone is gone; the call runs on, and its result is nobody's.
-        let _ = self.sender.send(message).await;
+/// What is done at a URL has an id in this era. Nobody tells when it is over, so any will do.
+fn identify(method: &Method, params: &mut Params) {
+    let by_url = *method == Method::Elicit && params.get_string("mode").as_deref() == Some("url");
+    if by_url && params.get("elicitationId").is_none() {
+        params.object_mut().set("elicitationId", json!(*new_id()).to_string());
     }
 }

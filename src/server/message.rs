@@ -5,33 +5,58 @@ use std::collections::VecDeque;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use serde_json::json;
 
-use super::body::{JOIN_BELOW, join};
 use crate::protocol::{
     Era, Method, Notification, Params, Payload, RawObject, RequestId, ResultType, RpcError, code,
 };
 
 /// A message in pieces: what nobody opened is never copied just to put braces around it.
-#[derive(Debug)]
-pub(super) struct Chunks(pub(super) Vec<Bytes>);
+#[derive(Clone, Debug, Default)]
+pub(in crate::server) struct Chunks(pub(in crate::server) Vec<Bytes>);
 
 impl Chunks {
+    /// How many bytes it has.
+    pub(in crate::server) fn len(&self) -> usize {
+        self.0.iter().map(Bytes::len).sum()
+    }
+
+    /// All on one line. JSON may stand on several; between tokens a line break is as good as a space, and within
+    /// strings JSON has none.
+    pub(in crate::server) fn flatten(&mut self) {
+        for chunk in &mut self.0 {
+            if memchr::memchr2(b'\n', b'\r', chunk).is_some() {
+                let mut flat = BytesMut::from(&chunk[..]);
+                flat.iter_mut().filter(|b| matches!(**b, b'\n' | b'\r')).for_each(|b| *b = b' ');
+                *chunk = flat.freeze();
+            }
+        }
+    }
+
     /// Small ones as one piece.
-    pub(super) fn joined(self) -> VecDeque<Bytes> {
-        match self.0.iter().map(Bytes::len).sum::<usize>() < JOIN_BELOW {
+    pub(in crate::server) fn joined(self) -> VecDeque<Bytes> {
+        match self.len() < JOIN_BELOW {
             true => VecDeque::from([join(&self.0)]),
             false => self.0.into(),
         }
     }
 }
 
+/// Below this, one copy is cheaper than one more write.
+const JOIN_BELOW: usize = 16 * 1024;
+
+pub(in crate::server) fn join(chunks: &[Bytes]) -> Bytes {
+    let mut joined = BytesMut::with_capacity(chunks.iter().map(Bytes::len).sum());
+    chunks.iter().for_each(|chunk| joined.put_slice(chunk));
+    joined.freeze()
+}
+
 /// The answer to `method` under `id`. A stream has no such form.
-pub(super) fn response(id: &RequestId, method: &Method, payload: Payload, era: Era) -> Chunks {
+pub(in crate::server) fn response(id: &RequestId, method: &Method, payload: Payload, era: Era) -> Chunks {
     let mark = ResultType::of(&payload);
     marked_response(id, method, payload, mark, era)
 }
 
 /// The same for a payload whose mark is known: telling it is the only thing that reads a large result.
-pub(super) fn marked_response(
+pub(in crate::server) fn marked_response(
     id: &RequestId,
     method: &Method,
     payload: Payload,
@@ -59,7 +84,7 @@ pub(super) fn marked_response(
 }
 
 /// An error about a message whose id may be unknown.
-pub(super) fn error(id: Option<&RequestId>, error: &RpcError) -> Chunks {
+pub(in crate::server) fn error(id: Option<&RequestId>, error: &RpcError) -> Chunks {
     let null = Bytes::from_static(b"null");
     let id = id.map_or(&null, RequestId::as_bytes);
     let head = [b"{\"jsonrpc\":\"2.0\",\"id\":", id.as_ref(), b",\"error\":"].concat();
@@ -67,12 +92,12 @@ pub(super) fn error(id: Option<&RequestId>, error: &RpcError) -> Chunks {
 }
 
 /// A notification as a message.
-pub(super) fn notification(notification: &Notification) -> Chunks {
+pub(in crate::server) fn notification(notification: &Notification) -> Chunks {
     request_like(None, &notification.method, &notification.params)
 }
 
 /// A question to the client as a message.
-pub(super) fn request(id: &RequestId, method: &Method, params: &Params) -> Chunks {
+pub(in crate::server) fn request(id: &RequestId, method: &Method, params: &Params) -> Chunks {
     request_like(Some(id), method, params)
 }
 
