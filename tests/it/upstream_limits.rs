@@ -185,7 +185,7 @@ async fn flood(script: Script, modern: bool) {
         let flood = stream::iter(0..FLOOD).map(move |n| {
             drop(said.enter());
             format!(
-                r#"{{"jsonrpc":"2.0","method":"notifications/progress","params":{{"progressToken":"{text}","progress":{n}}}}}"#
+                r#"{{"jsonrpc":"2.0","method":"notifications/flood","params":{{"text":"{text}","number":{n}}}}}"#
             )
         });
         async move { open_events(flood.chain(stream::iter([done]))) }
@@ -208,7 +208,7 @@ async fn flood(script: Script, modern: bool) {
     assert!(probe.has_begun() < FLOOD, "all of them are somewhere in between");
     for n in 1..FLOOD {
         let message = call.next().await.expect("one more");
-        let end = format!(r#","progress":{n}}}}}"#);
+        let end = format!(r#","number":{n}}}}}"#);
         assert!(message.ends_with(end.as_bytes()), "{n}: {message:?}");
     }
     assert_eq!(call.next_json().await["result"]["content"], json!([]));

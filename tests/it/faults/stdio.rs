@@ -78,7 +78,7 @@ async fn junk_between_the_messages() {
     let call = format!("{junk}{ANSWER}; {junk}");
     let house = House::new().await;
     for era in [MODERN, LEGACY] {
-        house.add_program(&Script { before: junk, call: &call, ..WELL }.program(era));
+        house.add_program_within("20s", &Script { before: junk, call: &call, ..WELL }.program(era));
         house.lists("bad_t").await;
         for _ in 0..3 {
             answers_well(&house, "junk").await;
@@ -163,7 +163,7 @@ async fn a_line_of_256_mib() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_cut_short() {
-    each("cut short", r#"printf '{"jsonrpc":"2.0","id":%s,"resu' "$id"; exit 3"#, "unavailable").await;
+    each("cut short", r#"printf '{"jsonrpc":"2.0","id":%s,"resu' "$id"; exit 3"#, "bad_upstream").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -208,7 +208,7 @@ async fn a_child_that_ignores_sigterm_and_leaves_grandchildren() {
     let before = "trap '' TERM INT HUP; (while :; do sleep 1; done) & (sleep 1000 & sleep 1000) &";
     let after = "while :; do sleep 1; done";
     for era in [MODERN, LEGACY] {
-        house.add_program(&Script { before, after, ..WELL }.program(era));
+        house.add_program_within("20s", &Script { before, after, ..WELL }.program(era));
         house.lists("bad_t").await;
         answers_well(&house, "stubborn").await;
         assert!(house.family().len() >= 5, "{:?}", house.family());
