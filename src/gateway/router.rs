@@ -109,7 +109,10 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
         _ => Call::Plain,
     };
     let method = request.method().clone();
+    // The entries of a directory are judged one by one.
     let rules = request.extensions().get::<InForce>().cloned();
+    let rules =
+        rules.filter(|InForce(rules)| method == Method::DirectoryRead && rules.restricts(&route.server));
     let caller = request.caller().clone();
     let response = member.service.clone().oneshot(request).await?;
     let response = call.answered(shared, &caller, member, response);
@@ -121,14 +124,14 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
         }
         _ => response,
     };
-    if !view.uris().respells(&route.server) && (method != Method::DirectoryRead || rules.is_none()) {
+    if !view.uris().respells(&route.server) && rules.is_none() {
         return Ok(response);
     }
     Ok(response.map_final(move |payload| {
         let payload = Links { view: &view, server: &route.server }.respell(&method, payload);
-        match (&method, &rules) {
-            (Method::DirectoryRead, Some(InForce(rules))) => links::visible_entries(&view, rules, payload),
-            _ => payload,
+        match &rules {
+            Some(InForce(rules)) => links::visible_entries(&view, rules, payload),
+            None => payload,
         }
     }))
 }

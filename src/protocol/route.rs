@@ -14,7 +14,7 @@ pub struct Route {
     pub server: ServerName,
     /// The name, URI or id at the upstream.
     pub own: Arc<str>,
-    /// The template a resource nobody lists is an instance of, as the upstream spells it.
+    /// The template a resource nobody lists is an instance of, or the skill it is a file of, as the upstream spells it.
     pub template: Option<Arc<str>>,
     /// The definition as listed, when it was listed.
     pub definition: Option<Bytes>,

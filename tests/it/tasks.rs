@@ -403,6 +403,37 @@ async fn a_list_of_tasks_has_ones_own_and_nobody_elses() {
 }
 
 #[tokio::test]
+async fn what_is_said_unasked_of_ones_own_task_arrives() {
+    let say = tokio::sync::broadcast::Sender::<String>::new(16);
+    let all = say.clone();
+    let script = experimental("a").on("GET", move |_| {
+        let said = all.subscribe();
+        async {
+            open_events(futures_util::stream::unfold(said, |mut said| async {
+                Some((said.recv().await.ok()?, said))
+            }))
+        }
+    });
+    let upstream = script.start().await;
+    let gateway = Gateway::with([("a", upstream.url())]).start().await;
+    let client = gateway.legacy().await;
+    let mut heard = client.listen().await;
+    let id = begin(&client, "a_slow").await;
+    // The gateway's own session has such a stream, and the client's has one as soon as it is used.
+    eventually("both sessions listen", async || {
+        client.call("a_slow", json!({})).await;
+        say.receiver_count() >= 2
+    })
+    .await;
+    for own in ["somebody-elses", "a-0"] {
+        let status = json!({ "taskId": own, "status": "completed" });
+        let _ = say.send(message("notifications/tasks/status", &status));
+    }
+    let told = heard.until("notifications/tasks/status").await;
+    assert_eq!(told["params"], json!({ "taskId": id, "status": "completed" }));
+}
+
+#[tokio::test]
 async fn nobody_learns_of_anothers_task_by_the_way() {
     // On a connection that many share, any answer may have anything before it.
     let gossip = |sent: &Sent, result: &Value| {

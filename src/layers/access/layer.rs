@@ -374,6 +374,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn dropping_the_call_or_the_stream_ends_what_is_behind_it() {
+        let (layer, _) = denying("x");
+        let (mut service, mut inner) = testing::layer(layer);
+        let answer = service.call(McpRequest::bare(Method::from("vendor/x")));
+        let mut pending = inner.next_request().await;
+        drop(answer);
+        pending.cancelled().await;
+        let open = Subscribed::to(serde_json::json!({}), "x", &[]).await;
+        drop(open.told);
+        open.say.closed().await;
+    }
+
+    #[tokio::test]
+    async fn a_directory_without_lists_leaves_subscriptions_as_they_are() {
+        let (layer, _) = denying("x");
+        let (mut service, mut inner) = testing::layer(layer);
+        let filter = serde_json::json!({ "notifications": { "toolsListChanged": true } });
+        let answer = service.call(McpRequest::new(Method::Listen, Params::from_value(&filter)));
+        let changed = || {
+            Ok(Frame::Notification(Notification { method: Method::ToolsChanged, params: Params::default() }))
+        };
+        let frames = futures_util::stream::iter([changed(), changed()]);
+        inner.answer(McpResponse::new(Payload::Stream(Box::pin(frames)))).await;
+        let Payload::Stream(told) = answer.await.unwrap().into_payload() else { panic!() };
+        assert_eq!(futures_util::StreamExt::count(told).await, 2);
+    }
+
+    #[tokio::test]
     async fn readiness_is_the_inner_services() {
         let (layer, _) = denying("x");
         let (mut service, mut inner) = testing::layer(layer);

@@ -1,8 +1,8 @@
 //! Who may see and call what.
 //!
-//! One predicate, [`AccessRules::allows`], decides for lists and for every request that names something. What it
-//! denies does not exist for the caller: lists omit it, and asking for it by name gives the answer of a name that
-//! was never there.
+//! One predicate, [`AccessRules::allows`], decides for lists, for every request that names something, and for what a
+//! subscription tells as long as it is open. What it denies does not exist for the caller: lists omit it, a change of it
+//! is no change, and asking for it by name gives the answer of a name that was never there.
 //!
 //! ```
 //! use portcullis::layers::AccessRules;
