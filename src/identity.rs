@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::protocol::{Method, Params, ProtocolVersion, RawObject, RpcError, code};
+use crate::protocol::{Era, Method, Params, ProtocolVersion, RawObject, RpcError, code};
 
 /// Who calls, as authentication found it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -96,6 +96,34 @@ impl Client {
 }
 
 impl Client {
+    /// Whether it wants this log notification. A modern client wants none that it did not ask for with the request
+    /// (MCP 2026-07-28, server/utilities/logging); a legacy client that set no level leaves the choice to the server.
+    ///
+    /// ```
+    /// use portcullis::{identity::Client, protocol::Params};
+    ///
+    /// let client = Client { log_level: Some(r#""warning""#.into()), ..Client::gateway() };
+    /// assert!(client.wants_log(&Params::parse(r#"{"level":"error"}"#.into())?));
+    /// assert!(!client.wants_log(&Params::parse(r#"{"level":"info"}"#.into())?));
+    /// # Ok::<_, serde_json::Error>(())
+    /// ```
+    pub fn wants_log(&self, params: &Params) -> bool {
+        match &self.log_level {
+            None => self.version.era() == Era::Legacy,
+            // A level that nobody knows is worth a look.
+            Some(least) => severity(params.get("level")).is_none_or(|level| Some(level) >= severity(text(least))),
+        }
+    }
+
+    /// Whether it wants less severe log notifications than `level`, or there is no level yet.
+    pub(crate) fn wants_more_than(&self, level: Option<&Bytes>) -> bool {
+        match (&self.log_level, level) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(wanted), Some(level)) => severity(text(wanted)) < severity(text(level)),
+        }
+    }
+
     /// What it can be asked.
     pub fn abilities(&self) -> Abilities {
         Abilities::of(&self.capabilities)
@@ -133,6 +161,18 @@ impl Client {
         let data = json!({ "requiredCapabilities": needed.to_value() });
         Err(RpcError::new(code::MISSING_CAPABILITY, message).with_data(&data))
     }
+}
+
+/// The severity of a log level, as JSON: the levels of syslog (RFC 5424).
+fn severity(level: Option<&str>) -> Option<usize> {
+    const LEVELS: [&str; 8] =
+        ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"];
+    let level = level?.trim_matches('"');
+    LEVELS.iter().position(|name| *name == level)
+}
+
+fn text(json: &Bytes) -> Option<&str> {
+    std::str::from_utf8(json).ok()
 }
 
 /// What servers may ask of a client, out of its capabilities: few enough that sessions can be filed under it.

@@ -130,6 +130,8 @@ async fn list_and_listen(
     shared: &Weak<Shared>,
     upstream: &Arc<Upstream>,
 ) -> Result<Option<FrameStream>, BoxError> {
+    // Only now begins what the stream may take: a program that is being downloaded must not lose it.
+    upstream.service.clone().oneshot(McpRequest::bare(Method::Discover)).await?;
     let changes = tokio::time::timeout(LISTEN_WITHIN, listen(upstream)).await.ok().flatten();
     let catalog = Catalog::fetch(&upstream.name, &upstream.service).await?;
     if let Some(shared) = shared.upgrade() {

@@ -168,7 +168,10 @@ pub(in crate::server) async fn answer<S: McpService>(
 fn stream_of(frames: FrameStream, id: RequestId, method: Method, caller: Arc<Caller>) -> Messages {
     let messages = frames.filter_map(move |frame| {
         future::ready(match frame {
-            Ok(Frame::Notification(notification)) => Some(message::notification(&notification)),
+            Ok(Frame::Notification(n)) => {
+                let wanted = n.method != Method::LogMessage || caller.client.wants_log(&n.params);
+                wanted.then(|| message::notification(&n))
+            }
             Ok(Frame::Final(payload)) => {
                 let (payload, mark) = declared(payload, &caller.client);
                 Some(message::marked_response(&id, &method, payload, mark, Era::Modern))

@@ -83,7 +83,11 @@ impl<S: McpService> Conversation<S> {
     async fn drive(&self, mut frames: FrameStream, out: &Outlet) -> Option<Payload> {
         while let Some(frame) = frames.next().await {
             match frame {
-                Ok(Frame::Notification(notification)) => drop(out.notify(&notification).await),
+                Ok(Frame::Notification(n)) => {
+                    if n.method != Method::LogMessage || self.request.caller().client.wants_log(&n.params) {
+                        let _ = out.notify(&n).await;
+                    }
+                }
                 Ok(Frame::Request(ServerRequest { method, params, reply })) => {
                     self.pass_on(method, params, reply, out).await
                 }

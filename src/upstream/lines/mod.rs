@@ -38,7 +38,6 @@ use super::{link::Connection, translate};
 use crate::{
     BoxError,
     error::UpstreamError,
-    identity::Affinity,
     protocol::{
         Frame, FrameStream, ListenFilter, McpRequest, McpResponse, Method, Params, Payload, ProtocolVersion,
         RawObject, ServerName, sign_result,
@@ -112,23 +111,22 @@ impl Lines {
         respond(ticket, keep, sign).await
     }
 
-    /// Tells a legacy peer the level its one client wants. A connection of several has many, and then nobody decides.
-    /// It goes out before the call, so it counts for the call.
+    /// Tells a legacy peer the level its one client wants, or the least severe that any of several wants: each gets no
+    /// more than it asked for, at its door. It goes out before the call, so it counts for the call.
     async fn follow_log_level(
         &self,
         request: &McpRequest,
         capabilities: &RawObject,
     ) -> Result<(), UpstreamError> {
-        let caller = request.caller();
-        let (Affinity::Session(_), Some(level)) = (&caller.affinity, &caller.client.log_level) else {
-            return Ok(());
-        };
+        let client = &request.caller().client;
+        let Some(level) = &client.log_level else { return Ok(()) };
         let calls = self.wire.calls();
-        if capabilities.get("logging").is_none() || calls.whose() != Some(Whose::One) {
-            return Ok(());
-        }
         let current = || self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
-        if current().as_ref() == Some(level) {
+        let differs = match calls.whose() {
+            Some(Whose::One) => current().as_ref() != Some(level),
+            _ => client.wants_more_than(current().as_ref()),
+        };
+        if !differs || capabilities.get("logging").is_none() {
             return Ok(());
         }
         let mut params = Params::default();
