@@ -22,6 +22,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use tower::service_fn;
 
@@ -35,6 +36,9 @@ use crate::{
     stack::{self, Stack},
     upstream::{HttpUpstream, SseUpstream, StdioCommand, StdioUpstream, Transport, secret},
 };
+
+/// The setting that holds it.
+const TASK_KEY: &str = "task-key";
 
 /// What an [`App`] is started with.
 #[derive(Clone, Debug, Default)]
@@ -71,7 +75,11 @@ impl App {
     pub fn start(registry: Registry, settings: Settings) -> App {
         let registry = Arc::new(registry);
         let store = Arc::new(Catalogs(registry.clone()));
-        let gateway = Gateway::builder().naming(settings.naming).store(store).build();
+        let mut gateway = Gateway::builder().naming(settings.naming).store(store);
+        if let Some(key) = task_key(&registry) {
+            gateway = gateway.key(key);
+        }
+        let gateway = gateway.build();
         let rules: Arc<ArcSwap<AccessRules>> = Arc::default();
         let service = settings.stack.edge(gateway.clone(), rules.clone());
         let applied = Mutex::default();
@@ -180,6 +188,19 @@ impl App {
         self.shared.gateway.reorder(&order);
         applied.records = wanted;
     }
+}
+
+/// What ids of tasks are sealed with, so that clients may ask for them after a restart. Without it, a key of the
+/// process's own has to do.
+fn task_key(registry: &Registry) -> Option<[u8; 32]> {
+    let new = || {
+        let mut key = [0; 32];
+        getrandom::fill(&mut key).expect("the system has random numbers");
+        URL_SAFE_NO_PAD.encode(key)
+    };
+    let kept = registry.setting_or_make(TASK_KEY, new);
+    let kept = kept.inspect_err(|error| tracing::warn!(%error, "ids of tasks end with this process"));
+    URL_SAFE_NO_PAD.decode(kept.ok()?).ok()?.try_into().ok()
 }
 
 /// Globs were checked when they were written. One that is bad all the same hides its whole server: a rule that

@@ -277,6 +277,10 @@ impl Stage {
             ("no call came on a session that was over", read(&old.strangers) == 0),
             ("cancelled calls were cancelled at the upstream", old.cancels() >= read(&ledger.told)),
             ("upstream sessions ended", read(&old.opened) - read(&old.ended) == old.owners().len() as u64),
+            (
+                "ending sessions opened no more connections than calling",
+                old.most_connections() <= 3 * WORKERS,
+            ),
             ("no descriptor is left", last.descriptors <= first.descriptors),
             ("the children are the same", last.children == first.children && !first.children.is_empty()),
             ("the memory is back", last.resident <= warm + MARGIN),

@@ -8,7 +8,7 @@ use tower::ServiceExt as _;
 use crate::{
     BoxError, BoxMcpService,
     error::{Fault, UpstreamError},
-    protocol::{ItemKind, McpRequest, Method, Params, Payload, RawObject, ServerName, code},
+    protocol::{ItemKind, McpRequest, Method, Params, Payload, ProtocolVersion, RawObject, ServerName, code},
     registry::CatalogRecord,
 };
 
@@ -29,7 +29,7 @@ pub trait CatalogStore: Send + Sync + 'static {
 pub struct Catalog {
     /// The `server/discover` result; `None` when the upstream has never been seen.
     pub discover: Option<RawObject>,
-    items: [Vec<Bytes>; 4],
+    items: [Vec<Bytes>; ItemKind::ALL.len()],
 }
 
 impl Catalog {
@@ -48,6 +48,12 @@ impl Catalog {
         self.discover.as_ref()?.get_object("capabilities")
     }
 
+    /// The newest revision it speaks.
+    pub(super) fn version(&self) -> Option<ProtocolVersion> {
+        let versions = self.discover.as_ref()?.get_as::<Vec<String>>("supportedVersions")?.ok()?;
+        versions.iter().filter_map(|version| version.parse().ok()).max()
+    }
+
     /// From what the registry kept.
     pub fn from_record(record: &CatalogRecord) -> Self {
         let copy = |items: &[Box<RawValue>]| {
@@ -61,6 +67,7 @@ impl Catalog {
                 copy(&record.prompts),
                 copy(&record.resources),
                 copy(&record.templates),
+                copy(&record.skills),
             ],
         }
     }
@@ -74,6 +81,7 @@ impl Catalog {
             prompts: copy(ItemKind::Prompts),
             resources: copy(ItemKind::Resources),
             templates: copy(ItemKind::Templates),
+            skills: copy(ItemKind::Skills),
         }
     }
 
@@ -82,8 +90,20 @@ impl Catalog {
         let discover = ask(server, service, McpRequest::bare(Method::Discover)).await?;
         let capabilities = discover.get_object("capabilities").unwrap_or_else(RawObject::empty);
         let lists = ItemKind::ALL.map(|kind| {
-            let offered = capabilities.get(kind.capability()).is_some_and(|c| c != "null");
-            async move { if offered { list(server, service, kind).await } else { Ok(Vec::new()) } }
+            let offered = kind.is_offered(&capabilities);
+            async move {
+                match offered {
+                    false => Ok(Vec::new()),
+                    // An extension that fails takes nothing else along.
+                    true if kind == ItemKind::Skills => {
+                        Ok(list(server, service, kind).await.unwrap_or_else(|error| {
+                            tracing::warn!(%server, %error, "cannot list skills");
+                            Vec::new()
+                        }))
+                    }
+                    true => list(server, service, kind).await,
+                }
+            }
         });
         let lists = try_join_all(lists).await?;
         let items = lists.try_into().expect("there is one list for each kind");

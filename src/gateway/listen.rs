@@ -12,73 +12,111 @@ use serde_json::json;
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
-use super::{Shared, view::View};
+use super::{Revision, Shared, capabilities::TaskKind, tasks, view::View};
 use crate::{
-    BoxMcpService,
+    BoxError, BoxMcpService,
     error::InvalidParams,
     protocol::{
         Frame, FrameStream, ItemKind, ListenFilter, McpRequest, McpResponse, Method, Notification, Params,
-        Payload, ServerName, Target, Unsolicited,
+        Payload, ServerName, Target, Unsolicited, is_within,
     },
 };
 
 /// Each is at least one request to an upstream.
 const MOST_RESOURCES: usize = 1024;
+/// Tasks in one subscription: each is opened with the key.
+const MOST_TASKS: usize = 1024;
 /// An upstream that does not answer a subscription in this time has none.
 const OPEN_WITHIN: Duration = Duration::from_secs(5);
 const REOPEN_AFTER: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// The answer to a subscription: acknowledged first, then what happens, without end.
-pub(super) async fn listen(shared: &Arc<Shared>, request: &McpRequest) -> Result<FrameStream, InvalidParams> {
+pub(super) async fn listen(shared: &Arc<Shared>, request: &McpRequest) -> Result<FrameStream, BoxError> {
     // Before the view is read: a change in between would be told to nobody.
-    let revision = shared.revision.subscribe();
+    let mut revision = shared.revision.subscribe();
+    let announced = revision.borrow_and_update().announcements;
     let view = shared.view.load_full();
     let asked = ListenFilter::of(request.params());
     if asked.uris.len() > MOST_RESOURCES {
         return Err(InvalidParams(
             format!("more than {MOST_RESOURCES} resources in one subscription").into(),
-        ));
+        )
+        .into());
     }
     let honoured = ListenFilter {
         tools: asked.tools,
-        prompts: asked.prompts && view.offers("prompts"),
-        resources: asked.resources && view.offers("resources"),
+        prompts: asked.prompts && view.offers(ItemKind::Prompts),
+        resources: asked.resources && view.offers(ItemKind::Resources),
         uris: Vec::new(),
     };
-    let (uris, mut updates) = resource_updates(shared, &view, request, &asked.uris).await;
+    let wanted = resources_of(&view, &asked.uris).into_iter().chain(tasks_of(shared, request)?);
+    let opened = wanted.map(|(server, subject)| {
+        let updates = Updates { shared: Arc::downgrade(shared), server, subject, request: request.clone() };
+        async move { updates.open().await.map(|(honoured, frames)| (honoured, updates, frames)) }
+    });
+    let (mut uris, mut task_ids) = (Vec::new(), Vec::new());
+    let mut updates: Vec<FrameStream> = Vec::new();
+    for (honoured, opened, frames) in future::join_all(opened).await.into_iter().flatten() {
+        match &opened.subject {
+            Subject::Resources(_) => uris.extend(honoured),
+            Subject::Tasks(_) => task_ids.extend(honoured),
+        }
+        updates.push(opened.keep_open(frames));
+    }
     let honoured = ListenFilter { uris, ..honoured };
-    updates.extend(unsolicited(&view, request));
-    let first = stream::iter([Ok(Frame::Notification(honoured.acknowledged()))]);
-    let changes = list_changes(shared, revision, honoured, view);
+    for (member, frames) in view.members().iter().zip(unsolicited(&view, request)) {
+        updates.push(match member.tasks {
+            Some(TaskKind::Experiment) => tasks::told_unasked(shared, request.caller(), &member.name, frames),
+            _ => frames,
+        });
+    }
+    let first = stream::iter([Ok(Frame::Notification(acknowledged(&honoured, &task_ids)))]);
+    let changes = list_changes(shared, (revision, announced), honoured, view);
     Ok(Box::pin(first.chain(stream::select(changes, stream::select_all(updates)))))
+}
+
+fn acknowledged(honoured: &ListenFilter, task_ids: &[String]) -> Notification {
+    let mut filter = honoured.to_value();
+    if !task_ids.is_empty() {
+        filter["taskIds"] = json!(task_ids);
+    }
+    let params = Params::from_value(&json!({ "notifications": filter }));
+    Notification { method: Method::Acknowledged, params }
 }
 
 /// One notification for each list that is not what it was.
 fn list_changes(
     shared: &Arc<Shared>,
-    revision: watch::Receiver<u64>,
+    (revision, announced): (watch::Receiver<Revision>, u64),
     filter: ListenFilter,
     seen: Arc<View>,
 ) -> FrameStream {
     // The stream must not keep the gateway alive: a gateway that is dropped ends its streams.
     let weak = Arc::downgrade(shared);
-    let changes = stream::unfold((revision, seen), move |(mut revision, seen)| {
+    let changes = stream::unfold((revision, seen, announced), move |(mut revision, seen, announced)| {
         let (weak, filter) = (weak.clone(), filter.clone());
         async move {
             revision.changed().await.ok()?;
+            let announcements = revision.borrow_and_update().announcements;
             let now = weak.upgrade()?.view.load_full();
-            let frames: Vec<_> = changed(&seen, &now, &filter)
+            let frames: Vec<_> = changed(&seen, &now, announcements != announced, &filter)
                 .map(|method| Ok(Frame::Notification(Notification { method, params: Params::default() })))
                 .collect();
-            Some((stream::iter(frames), (revision, now)))
+            Some((stream::iter(frames), (revision, now, announcements)))
         }
     });
     Box::pin(changes.flatten())
 }
 
-fn changed(seen: &View, now: &View, filter: &ListenFilter) -> impl Iterator<Item = Method> + use<> {
-    let differs = |kind: ItemKind| !seen.list(kind).is_same(now.list(kind));
+/// What is told: the lists that differ, or all when everybody is to look again.
+fn changed(
+    seen: &View,
+    now: &View,
+    all: bool,
+    filter: &ListenFilter,
+) -> impl Iterator<Item = Method> + use<> {
+    let differs = |kind: ItemKind| all || !seen.list(kind).is_same(now.list(kind));
     [
         (filter.tools && differs(ItemKind::Tools), Method::ToolsChanged),
         (filter.prompts && differs(ItemKind::Prompts), Method::PromptsChanged),
@@ -91,61 +129,140 @@ fn changed(seen: &View, now: &View, filter: &ListenFilter) -> impl Iterator<Item
     .filter_map(|(told, method)| told.then_some(method))
 }
 
-/// One subscription at each upstream that has some of the resources. An upstream that has none to give, or does not
-/// answer, is left out of the acknowledgement.
-async fn resource_updates(
-    shared: &Arc<Shared>,
-    view: &View,
-    request: &McpRequest,
-    uris: &[String],
-) -> (Vec<String>, Vec<FrameStream>) {
-    let mut by_server: BTreeMap<ServerName, Vec<(String, String)>> = BTreeMap::new();
+/// What a subscription at one upstream is about: its own name for each thing, and the exposed one.
+enum Subject {
+    Resources(Vec<(String, String)>),
+    Tasks(Vec<(String, String)>),
+}
+
+impl Subject {
+    fn pairs(&self) -> &[(String, String)] {
+        match self {
+            Subject::Resources(pairs) | Subject::Tasks(pairs) => pairs,
+        }
+    }
+
+    /// The member of the filter.
+    fn member(&self) -> &'static str {
+        match self {
+            Subject::Resources(_) => "resourceSubscriptions",
+            Subject::Tasks(_) => "taskIds",
+        }
+    }
+}
+
+type Pairs = BTreeMap<ServerName, Vec<(String, String)>>;
+
+/// The resources by upstream.
+fn resources_of(view: &View, uris: &[String]) -> Vec<(ServerName, Subject)> {
+    let mut by_server = Pairs::new();
     for uri in uris {
         if let Some(route) = view.find(&Target::Resource(uri.as_str().into())) {
             by_server.entry(route.server).or_default().push((route.own.to_string(), uri.clone()));
         }
     }
-    let opened = by_server.into_iter().map(|(server, uris)| async move {
-        let updates = Updates { shared: Arc::downgrade(shared), server, uris, request: request.clone() };
-        let frames = updates.open().await?;
-        Some((updates, frames))
-    });
-    let mut honoured = Vec::new();
-    let mut streams: Vec<FrameStream> = Vec::new();
-    for (updates, frames) in future::join_all(opened).await.into_iter().flatten() {
-        honoured.extend(updates.uris.iter().map(|(_, exposed)| exposed.clone()));
-        streams.push(updates.keep_open(frames));
-    }
-    (honoured, streams)
+    by_server.into_iter().map(|(server, pairs)| (server, Subject::Resources(pairs))).collect()
 }
 
-/// The updates of some resources of one upstream.
+/// The tasks by upstream, as far as they are the caller's. Who does not understand tasks must not ask for them.
+fn tasks_of(shared: &Shared, request: &McpRequest) -> Result<Vec<(ServerName, Subject)>, BoxError> {
+    let filter = request.params().get_object("notifications");
+    let Some(ids) = filter.and_then(|filter| filter.get_as::<Vec<String>>("taskIds")?.ok()) else {
+        return Ok(Vec::new());
+    };
+    if !tasks::declares_tasks(&request.caller().client) {
+        return Err(tasks::undeclared().into());
+    }
+    if ids.len() > MOST_TASKS {
+        return Err(InvalidParams(format!("more than {MOST_TASKS} tasks in one subscription").into()).into());
+    }
+    let mut by_server = Pairs::new();
+    for id in ids {
+        if let Some(task) = tasks::find(shared, request, &id) {
+            by_server.entry(task.route.server).or_default().push((task.route.own.to_string(), id));
+        }
+    }
+    Ok(by_server.into_iter().map(|(server, pairs)| (server, Subject::Tasks(pairs))).collect())
+}
+
+/// The updates of some things of one upstream.
 struct Updates {
     shared: Weak<Shared>,
     server: ServerName,
-    /// The upstream's own URI and the exposed one.
-    uris: Vec<(String, String)>,
+    subject: Subject,
     request: McpRequest,
 }
 
 impl Updates {
-    async fn open(&self) -> Option<FrameStream> {
+    /// What the upstream agreed to, under the exposed names, and what it tells. `None` when it has none to give, or does
+    /// not answer; the acknowledgement leaves that out.
+    async fn open(&self) -> Option<(Vec<String>, FrameStream)> {
         let service = self.shared.upgrade()?.view.load().upstream(&self.server)?;
-        let own: Vec<&str> = self.uris.iter().map(|(own, _)| own.as_str()).collect();
-        let filter = json!({ "notifications": { "resourceSubscriptions": own } });
+        let own: Vec<&str> = self.subject.pairs().iter().map(|(own, _)| own.as_str()).collect();
+        let filter = json!({ "notifications": { self.subject.member(): own } });
         let inner = McpRequest::new(Method::Listen, Params::from_value(&filter));
         let inner = inner.with_caller(self.request.caller().clone());
-        match tokio::time::timeout(OPEN_WITHIN, service.oneshot(inner)).await {
-            Ok(Ok(response)) => match response.into_payload() {
-                Payload::Stream(frames) => Some(frames),
-                _ => None,
-            },
-            Ok(Err(error)) => {
-                tracing::debug!(server = %self.server, %error, "cannot subscribe to resources");
-                None
+        let opened = async {
+            let mut frames = match service.oneshot(inner).await {
+                Ok(response) => match response.into_payload() {
+                    Payload::Stream(frames) => frames,
+                    _ => return None,
+                },
+                Err(error) => {
+                    tracing::debug!(server = %self.server, %error, "cannot subscribe");
+                    return None;
+                }
+            };
+            let first = frames.next().await?;
+            Some((first, frames))
+        };
+        let (first, frames) = tokio::time::timeout(OPEN_WITHIN, opened).await.ok().flatten()?;
+        let agreed = match &first {
+            Ok(Frame::Notification(n)) if n.method == Method::Acknowledged => {
+                let agreed = n.params.get_object("notifications");
+                agreed.and_then(|filter| filter.get_as::<Vec<String>>(self.subject.member())?.ok())
             }
-            Err(_) => None,
+            // One that does not say what it honours has agreed to all.
+            _ => Some(own.iter().map(|own| (*own).to_owned()).collect()),
+        };
+        let agreed = agreed.unwrap_or_default();
+        let honoured = self.subject.pairs().iter().filter(|(own, _)| agreed.contains(own));
+        let honoured: Vec<String> = honoured.map(|(_, exposed)| exposed.clone()).collect();
+        (!honoured.is_empty())
+            .then(|| (honoured, Box::pin(stream::iter([first]).chain(frames)) as FrameStream))
+    }
+
+    /// What an upstream tells, under the names the client knows. Whatever else comes along that stream is the
+    /// gateway's to tell.
+    fn told(&self, frame: Frame) -> Option<Frame> {
+        let Frame::Notification(notification) = frame else { return None };
+        match &self.subject {
+            Subject::Resources(uris) if notification.method == Method::ResourceUpdated => {
+                self.updated(notification, uris)
+            }
+            Subject::Tasks(ids) if notification.method == Method::TaskChanged => {
+                let exposed = |own: &str| Some(ids.iter().find(|(theirs, _)| theirs == own)?.1.clone());
+                tasks::rename_notification(&self.server, notification, exposed).map(Frame::Notification)
+            }
+            _ => None,
         }
+    }
+
+    /// An update of a resource, or of one within it.
+    fn updated(&self, mut notification: Notification, uris: &[(String, String)]) -> Option<Frame> {
+        let own = notification.params.get_string("uri")?.into_owned();
+        let exposed = match uris.iter().find(|(theirs, _)| *theirs == own) {
+            Some((_, exposed)) => exposed.clone(),
+            None => {
+                uris.iter().find(|(theirs, _)| is_within(&own, theirs))?;
+                let view = self.shared.upgrade()?.view.load_full();
+                view.uris().spell(&self.server, &own).unwrap_or_else(|| own.clone())
+            }
+        };
+        if exposed != own {
+            notification.params.object_mut().set("uri", json!(exposed).to_string());
+        }
+        Some(Frame::Notification(notification))
     }
 
     /// The updates, also after the upstream was away: what was acknowledged holds until the client goes.
@@ -157,7 +274,7 @@ impl Updates {
                 while let Some(open) = &mut frames {
                     match open.next().await {
                         Some(Ok(frame)) => {
-                            if let Some(frame) = updated(frame, &updates.uris) {
+                            if let Some(frame) = updates.told(frame) {
                                 return Some((Ok(frame), (updates, frames)));
                             }
                         }
@@ -168,7 +285,7 @@ impl Updates {
                 wait = (wait * 2).min(LONGEST_WAIT);
                 // Gone for good: the upstream was removed, or the gateway ended.
                 updates.shared.upgrade()?.view.load().upstream(&updates.server)?;
-                frames = updates.open().await;
+                frames = updates.open().await.map(|(_, frames)| frames);
             }
         }))
     }
@@ -199,18 +316,4 @@ fn unsolicited(view: &View, request: &McpRequest) -> Vec<FrameStream> {
         Box::pin(stream::once(opened).flatten().filter_map(told))
     };
     view.upstreams().map(open).collect()
-}
-
-/// An update under the URI the client knows. Whatever else comes along that stream is the gateway's to tell.
-fn updated(frame: Frame, uris: &[(String, String)]) -> Option<Frame> {
-    let Frame::Notification(mut notification) = frame else { return None };
-    if notification.method != Method::ResourceUpdated {
-        return None;
-    }
-    let own = notification.params.get_string("uri")?.into_owned();
-    let (_, exposed) = uris.iter().find(|(theirs, _)| *theirs == own)?;
-    if *exposed != own {
-        notification.params.object_mut().set("uri", json!(exposed).to_string());
-    }
-    Some(Frame::Notification(notification))
 }

@@ -21,10 +21,15 @@
 //! # Ok::<_, portcullis::BoxError>(()) }).unwrap();
 //! ```
 
+mod capabilities;
 mod catalog;
+mod links;
 mod listen;
 mod maintain;
 mod router;
+mod tasks;
+mod uris;
+mod vendor;
 mod view;
 
 use std::{
@@ -42,6 +47,7 @@ use tokio::{
 
 pub use catalog::{Catalog, CatalogStore};
 pub use maintain::{Status, StatusKind};
+use tasks::Tasks;
 use view::View;
 
 use crate::{
@@ -67,8 +73,16 @@ struct Shared {
     /// In priority order. Only changed together with `view`.
     upstreams: Mutex<Vec<Arc<Upstream>>>,
     view: ArcSwap<View>,
-    /// Fires after `view` was replaced.
-    revision: watch::Sender<u64>,
+    /// Fires after `view` was replaced, or when somebody says that everybody should look again.
+    revision: watch::Sender<Revision>,
+    tasks: Tasks,
+}
+
+/// What has happened so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Revision {
+    views: u64,
+    announcements: u64,
 }
 
 /// One upstream as the gateway holds it.
@@ -132,6 +146,7 @@ pub struct Builder {
     naming: Naming,
     refresh_every: Duration,
     store: Option<Arc<dyn CatalogStore>>,
+    key: Option<[u8; 32]>,
     upstreams: Vec<(ServerName, BoxMcpService)>,
 }
 
@@ -154,6 +169,13 @@ impl Builder {
         self
     }
 
+    /// What ids of tasks are sealed with. With the same key they are good after a restart; without one each gateway
+    /// makes its own, and they end with it.
+    pub fn key(mut self, key: [u8; 32]) -> Self {
+        self.key = Some(key);
+        self
+    }
+
     /// An upstream; the first has the highest priority.
     pub fn upstream(mut self, name: ServerName, service: impl McpService) -> Self {
         self.upstreams.push((name, service.boxed_mcp()));
@@ -168,7 +190,8 @@ impl Builder {
             store: self.store,
             upstreams: Mutex::new(Vec::new()),
             view: ArcSwap::from_pointee(View::default()),
-            revision: watch::Sender::new(0),
+            revision: watch::Sender::new(Revision::default()),
+            tasks: Tasks::new(self.key),
         };
         let gateway = Gateway { shared: Arc::new(shared) };
         for (name, service) in self.upstreams {
@@ -185,6 +208,7 @@ impl Gateway {
             naming: Naming::default(),
             refresh_every: Duration::from_secs(300),
             store: None,
+            key: None,
             upstreams: Vec::new(),
         }
     }
@@ -223,14 +247,10 @@ impl Gateway {
         self.shared.publish(&upstreams);
     }
 
-    /// Tells everybody who listens that the lists may look different: after a change of rules, which only those
-    /// outside of the gateway know of.
+    /// Says "look again" to everybody who listens: after a change of rules, which only those outside of the gateway know
+    /// of. [`AccessLayer`](crate::layers::AccessLayer) passes it on to clients for whom a list is now another one.
     pub fn announce(&self) {
-        let upstreams = self.shared.lock();
-        // Nothing is as it was before, so nothing compares as unchanged.
-        let view = View::merge(&self.shared.naming, &upstreams, &View::default());
-        self.shared.view.store(Arc::new(view));
-        self.shared.revision.send_modify(|n| *n += 1);
+        self.shared.revision.send_modify(|revision| revision.announcements += 1);
     }
 
     /// Lists an upstream again. Returns when it is done, or with what went wrong.
@@ -290,7 +310,7 @@ impl Shared {
     fn publish(&self, upstreams: &[Arc<Upstream>]) {
         let view = View::merge(&self.naming, upstreams, &self.view.load());
         self.view.store(Arc::new(view));
-        self.revision.send_modify(|n| *n += 1);
+        self.revision.send_modify(|revision| revision.views += 1);
     }
 
     /// Upstreams that nothing is known of yet, and that are too new to be given up.

@@ -6,17 +6,25 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use serde_json::{json, value::RawValue};
+use serde_json::json;
 use tower::{Service, ServiceExt as _};
 
-use super::{Gateway, Shared, listen, view::View};
+use super::{
+    Gateway, Shared,
+    links::{self, Links},
+    listen,
+    tasks::{self, Call},
+    vendor,
+    view::View,
+};
 use crate::{
     BoxError,
     error::{HeaderMismatch, InvalidParams, Unimplemented, Unknown},
-    layers::{Directory, Route},
+    identity::Caller,
+    layers::{Directory, InForce, Route, TaskRoute},
     protocol::{
-        ItemKind, McpRequest, McpResponse, Method, MirroredHeaders, ParamHeaders, Params, Payload, RawObject,
-        Target, decode_header,
+        ItemKind, ItemList, McpRequest, McpResponse, Method, MirroredHeaders, ParamHeaders, Params, Payload,
+        RawObject, RpcError, Target, decode_header,
     },
 };
 
@@ -36,11 +44,13 @@ impl Service<McpRequest> for Gateway {
             match request.method() {
                 Method::Discover => {
                     shared.warm_up().await;
-                    Ok(McpResponse::raw(shared.view.load().discover().clone()))
+                    let version = request.caller().client.version;
+                    Ok(McpResponse::raw(shared.view.load().discover(version).clone()))
                 }
-                Method::Listen => {
-                    Ok(McpResponse::new(Payload::Stream(listen::listen(&shared, &request).await?)))
-                }
+                Method::Listen => match listen::listen(&shared, &request).await {
+                    Ok(frames) => Ok(McpResponse::new(Payload::Stream(frames))),
+                    Err(error) => Ok(McpResponse::error(*error.downcast::<RpcError>()?)),
+                },
                 method => match ItemKind::of(method) {
                     Some(kind) => list(&shared, kind).await,
                     None => forward(&shared, request).await,
@@ -54,32 +64,37 @@ impl Directory for Gateway {
     fn find(&self, target: &Target) -> Option<Route> {
         self.shared.view.load().find(target)
     }
+
+    fn list(&self, kind: ItemKind) -> Option<ItemList> {
+        Some(Gateway::list(self, kind))
+    }
+
+    fn task(&self, id: &str, caller: &Caller) -> Option<TaskRoute> {
+        self.shared.tasks.open(id, caller)
+    }
 }
 
 async fn list(shared: &Shared, kind: ItemKind) -> Result<McpResponse, BoxError> {
     shared.warm_up().await;
     let view = shared.view.load();
-    match view.offers(kind.capability()) {
+    match view.offers(kind) {
         true => Ok(McpResponse::new(Payload::Items(view.list(kind).clone()))),
         false => Err(Unimplemented(kind.list_method()).into()),
     }
 }
 
-/// To the upstream of what the request names; one that names nothing, to the only upstream there is.
+/// To the upstream of what the request names; one that names nothing, to whoever understands it.
 async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpResponse, BoxError> {
     let view = shared.view.load_full();
     let Some(target) = request.target().cloned() else {
-        return forward_unnamed(&view, request).await;
+        return forward_unnamed(shared, &view, request).await;
     };
+    if matches!(target, Target::Task(_)) {
+        return tasks::forward(shared, view, request, target).await;
+    }
     let routed = request.extensions().get::<Route>().cloned().or_else(|| view.find(&target));
-    let found = routed.and_then(|route| view.upstream(&route.server).map(|service| (route, service)));
-    let Some((route, service)) = found else {
-        return match (target, view.only_upstream()) {
-            // Whose task it is, only its upstream can know; with one there is no doubt.
-            (Target::Task(_), Some(service)) => service.oneshot(request).await,
-            (target, _) => Err(Unknown(target).into()),
-        };
-    };
+    let found = routed.and_then(|route| Some((view.member(&route.server)?, route)));
+    let Some((member, route)) = found else { return Err(Unknown(target).into()) };
     check_param_headers(&request, &route)?;
     let renamed = (*route.own != **target.name()).then(|| target.name().clone());
     if renamed.is_some() {
@@ -89,27 +104,53 @@ async fn forward(shared: &Arc<Shared>, mut request: McpRequest) -> Result<McpRes
     if request.extensions().get::<Route>().is_none() {
         request.extensions_mut().insert(route.clone());
     }
-    let response = service.oneshot(request).await?;
-    Ok(match (renamed, target) {
+    let call = match target {
+        Target::Tool(ref exposed) => Call::of(shared, member, &mut request, &route, exposed),
+        _ => Call::Plain,
+    };
+    let method = request.method().clone();
+    let rules = request.extensions().get::<InForce>().cloned();
+    let caller = request.caller().clone();
+    let response = member.service.clone().oneshot(request).await?;
+    let response = call.answered(shared, &caller, member, response);
+    let response = match renamed {
         // The answer names the URI again; the client asked for another spelling.
-        (Some(exposed), Target::Resource(_)) => {
-            response.map_final(move |p| rename_contents(p, &route.own, &exposed))
+        Some(exposed) if method == Method::ResourcesRead => {
+            let own = route.own.clone();
+            response.map_final(move |p| links::rename_contents(p, &own, &exposed))
         }
         _ => response,
-    })
+    };
+    if !view.uris().respells(&route.server) && (method != Method::DirectoryRead || rules.is_none()) {
+        return Ok(response);
+    }
+    Ok(response.map_final(move |payload| {
+        let payload = Links { view: &view, server: &route.server }.respell(&method, payload);
+        match (&method, &rules) {
+            (Method::DirectoryRead, Some(InForce(rules))) => links::visible_entries(&view, rules, payload),
+            _ => payload,
+        }
+    }))
 }
 
-async fn forward_unnamed(view: &View, request: McpRequest) -> Result<McpResponse, BoxError> {
+async fn forward_unnamed(
+    shared: &Arc<Shared>,
+    view: &View,
+    request: McpRequest,
+) -> Result<McpResponse, BoxError> {
+    let missing = |what: &'static str| Err(InvalidParams(what.into()).into());
     match request.method() {
-        Method::ToolsCall | Method::PromptsGet => {
-            Err(InvalidParams("`name` is missing or no string".into()).into())
+        Method::ToolsCall | Method::PromptsGet => missing("`name` is missing or no string"),
+        Method::ResourcesRead | Method::SkillsGet | Method::DirectoryRead => {
+            missing("`uri` is missing or no string")
         }
-        Method::ResourcesRead => Err(InvalidParams("`uri` is missing or no string".into()).into()),
-        Method::Complete => Err(InvalidParams("`ref` names neither a prompt nor a resource".into()).into()),
-        method => match view.only_upstream() {
-            Some(service) => service.oneshot(request).await,
-            None => Err(Unimplemented(method.clone()).into()),
-        },
+        Method::Complete => missing("`ref` names neither a prompt nor a resource"),
+        Method::TasksGet | Method::TasksUpdate | Method::TasksCancel | Method::TasksResult => {
+            missing("`taskId` is missing or no string")
+        }
+        Method::TasksList => tasks::list(shared, view, &request).await,
+        method if method.is_notification() && request.id().is_none() => Ok(vendor::tell(view, &request)),
+        _ => vendor::ask(shared, view, request).await,
     }
 }
 
@@ -129,25 +170,6 @@ fn rename(mut params: Params, method: &Method, target: &Target, own: &str) -> Pa
         _ => params.set_keeping_meta("uri", &quoted),
     }
     params
-}
-
-/// `contents[].uri` as the client knows it; the rest of the result keeps its bytes.
-fn rename_contents(payload: Payload, own: &str, exposed: &str) -> Payload {
-    let Some(mut result) = payload.to_object() else { return payload };
-    let contents = result.get_bytes("contents").unwrap_or_default();
-    let Ok(contents) = serde_json::from_slice::<Vec<&RawValue>>(&contents) else { return payload };
-    let renamed: Vec<String> = contents
-        .iter()
-        .map(|content| match RawObject::parse(content.get().to_owned().into()) {
-            Ok(mut content) if content.get_string("uri").as_deref() == Some(own) => {
-                content.set("uri", json!(exposed).to_string());
-                content.as_str().to_owned()
-            }
-            _ => content.get().to_owned(),
-        })
-        .collect();
-    result.set("contents", format!("[{}]", renamed.join(",")));
-    Payload::Raw(result.into_bytes())
 }
 
 /// Holds `Mcp-Param-*` against the arguments, when the request came with headers: some box in between may have

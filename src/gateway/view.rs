@@ -2,42 +2,62 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use bytes::Bytes;
-use globset::{Glob, GlobSet, GlobSetBuilder};
-use serde_json::{Map, Value, json};
+use memchr::memmem;
+use serde_json::json;
 
-use super::{Catalog, Upstream};
+use super::{
+    Catalog, Upstream,
+    capabilities::{Offer, TaskKind},
+    uris::{Merged, Uris, respell_member},
+};
 use crate::{
     BoxMcpService,
     layers::Route,
     protocol::{
-        Item, ItemKind, ItemList, Naming, ParamHeaders, ProtocolVersion, RawObject, ServerName, Target, meta,
+        Era, Item, ItemKind, ItemList, Naming, ParamHeaders, ProtocolVersion, RawObject, ServerName, Target,
     },
 };
 
+/// Unknown methods whose upstream is remembered. Clients make them up.
+const MOST_ANSWERERS: usize = 256;
+
 /// The merged catalogs.
 pub(super) struct View {
-    upstreams: HashMap<ServerName, BoxMcpService>,
-    lists: [ItemList; 4],
-    by_name: [HashMap<Arc<str>, usize>; 4],
-    templates: Templates,
-    discover: Bytes,
-    capabilities: Value,
+    /// In priority order.
+    members: Vec<Member>,
+    by_server: HashMap<ServerName, usize>,
+    lists: [ItemList; ItemKind::ALL.len()],
+    by_name: [HashMap<Arc<str>, usize>; 2],
+    uris: Uris,
+    offer: Offer,
+    /// Who answered a method that only upstreams know. It holds as long as the upstreams are these.
+    answerers: Mutex<HashMap<Arc<str>, ServerName>>,
+}
+
+/// One upstream, as far as routing is concerned.
+#[derive(Clone)]
+pub(super) struct Member {
+    pub(super) name: ServerName,
+    pub(super) service: BoxMcpService,
+    /// `None` when nobody knows yet.
+    pub(super) era: Option<Era>,
+    pub(super) tasks: Option<TaskKind>,
 }
 
 impl Default for View {
     fn default() -> Self {
-        let lists = ItemKind::ALL.map(|kind| ItemList::new(kind, Vec::new()));
         View {
-            upstreams: HashMap::new(),
-            lists,
+            members: Vec::new(),
+            by_server: HashMap::new(),
+            lists: ItemKind::ALL.map(|kind| ItemList::new(kind, Vec::new())),
             by_name: Default::default(),
-            templates: Templates::default(),
-            discover: Bytes::from_static(b"{}"),
-            capabilities: json!({}),
+            uris: Uris::default(),
+            offer: Offer::default(),
+            answerers: Mutex::default(),
         }
     }
 }
@@ -48,23 +68,30 @@ impl View {
     pub(super) fn merge(naming: &Naming, upstreams: &[Arc<Upstream>], before: &View) -> View {
         let catalogs: Vec<(ServerName, Arc<Catalog>)> =
             upstreams.iter().map(|u| (u.name.clone(), u.catalog.load_full())).collect();
+        let Merged { mut uris, resources, templates, skills } = Uris::merge(&catalogs);
+        let mut tools = by_name(naming, ItemKind::Tools, &catalogs);
+        tools.iter_mut().for_each(|tool| link(tool, &mut uris));
+        let prompts = by_name(naming, ItemKind::Prompts, &catalogs);
+        let mut items = [tools, prompts, resources, templates, skills].into_iter();
         let lists = ItemKind::ALL.map(|kind| {
-            let items = match kind {
-                ItemKind::Tools | ItemKind::Prompts => by_name(naming, kind, &catalogs),
-                ItemKind::Resources | ItemKind::Templates => by_uri(kind, &catalogs),
-            };
-            let list = ItemList::new(kind, items);
+            let list = ItemList::new(kind, items.next().unwrap_or_default());
             let old = before.list(kind);
             if is_unchanged(old, &list) { old.clone() } else { list }
         });
-        let capabilities = merge_capabilities(&catalogs);
+        let members = upstreams.iter().zip(&catalogs).map(|(upstream, (name, catalog))| Member {
+            name: name.clone(),
+            service: upstream.heard.clone(),
+            era: catalog.version().map(ProtocolVersion::era),
+            tasks: TaskKind::of_upstream(catalog),
+        });
         View {
-            upstreams: upstreams.iter().map(|u| (u.name.clone(), u.heard.clone())).collect(),
-            by_name: [0, 1, 2, 3].map(|i: usize| index(&lists[i])),
-            templates: Templates::new(&lists[ItemKind::Templates as usize]),
-            discover: discover(&capabilities, &catalogs).to_string().into(),
-            capabilities,
+            members: members.collect(),
+            by_server: catalogs.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect(),
+            by_name: [0, 1].map(|i: usize| index(&lists[i])),
+            uris,
+            offer: Offer::new(&catalogs),
             lists,
+            answerers: Mutex::default(),
         }
     }
 
@@ -73,30 +100,57 @@ impl View {
         &self.lists[kind as usize]
     }
 
-    /// The `server/discover` result.
-    pub(super) fn discover(&self) -> &Bytes {
-        &self.discover
+    /// The `server/discover` result for a client of this revision.
+    pub(super) fn discover(&self, version: ProtocolVersion) -> &Bytes {
+        self.offer.discover(version)
     }
 
-    /// Whether some upstream declares the capability.
-    pub(super) fn offers(&self, capability: &str) -> bool {
-        self.capabilities.get(capability).is_some()
+    /// What a client of this revision is offered.
+    pub(super) fn capabilities(&self, version: ProtocolVersion) -> &RawObject {
+        self.offer.capabilities(version)
+    }
+
+    /// Whether some upstream has things of this kind.
+    pub(super) fn offers(&self, kind: ItemKind) -> bool {
+        kind.is_offered(self.capabilities(ProtocolVersion::LATEST))
+    }
+
+    /// An upstream.
+    pub(super) fn member(&self, name: &ServerName) -> Option<&Member> {
+        self.by_server.get(name).map(|i| &self.members[*i])
     }
 
     /// An upstream's service.
     pub(super) fn upstream(&self, name: &ServerName) -> Option<BoxMcpService> {
-        self.upstreams.get(name).cloned()
+        self.member(name).map(|member| member.service.clone())
     }
 
-    /// All upstreams' services.
+    /// All upstreams, in priority order.
+    pub(super) fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// All upstreams' services, in the same order.
     pub(super) fn upstreams(&self) -> impl Iterator<Item = BoxMcpService> {
-        self.upstreams.values().cloned()
+        self.members.iter().map(|member| member.service.clone())
     }
 
-    /// The upstream, when there is exactly one.
-    pub(super) fn only_upstream(&self) -> Option<BoxMcpService> {
-        let mut all = self.upstreams.values();
-        all.next().filter(|_| all.len() == 0).cloned()
+    /// What is known of URIs.
+    pub(super) fn uris(&self) -> &Uris {
+        &self.uris
+    }
+
+    /// Who answered this method before.
+    pub(super) fn answerer(&self, method: &str) -> Option<ServerName> {
+        self.answerers.lock().unwrap_or_else(PoisonError::into_inner).get(method).cloned()
+    }
+
+    /// Remembers who answers a method.
+    pub(super) fn remember_answerer(&self, method: &str, server: &ServerName) {
+        let mut answerers = self.answerers.lock().unwrap_or_else(PoisonError::into_inner);
+        if answerers.len() < MOST_ANSWERERS || answerers.contains_key(method) {
+            answerers.insert(method.into(), server.clone());
+        }
     }
 
     /// What a target stands for.
@@ -114,54 +168,10 @@ impl View {
         match target {
             Target::Tool(_) => listed(ItemKind::Tools),
             Target::Prompt(_) => listed(ItemKind::Prompts),
-            Target::Template(uri) => listed(ItemKind::Templates)
-                .or_else(|| listed(ItemKind::Resources))
-                .or_else(|| self.unlisted(uri)),
-            Target::Resource(uri) => listed(ItemKind::Resources).or_else(|| self.unlisted(uri)),
+            Target::Template(uri) => self.uris.find_template(uri),
+            Target::Resource(uri) => self.uris.find(uri),
             _ => None,
         }
-    }
-
-    /// A URI nobody lists: it may be spelled for one server, fit a template, or be of the family of what one
-    /// upstream alone lists. Servers hand out such URIs in their results.
-    fn unlisted(&self, uri: &str) -> Option<Route> {
-        // Rules are about names as they are written, and `/a/../b` is another way to write `/b`.
-        if uri.split(['/', '?', '#']).any(|segment| matches!(segment, "." | "..")) {
-            return None;
-        }
-        let unlisted = |server: &ServerName, own: &str| Route {
-            server: server.clone(),
-            own: own.into(),
-            template: None,
-            definition: None,
-        };
-        if let Some(i) = self.templates.fitting(uri) {
-            let template = &self.list(ItemKind::Templates).items()[i];
-            return Some(Route { template: Some(template.own.clone()), ..unlisted(&template.server, uri) });
-        }
-        if let Some((server, own)) = self.spelled_for(uri) {
-            let template = self.templates.fitting_of(self.list(ItemKind::Templates), server, own);
-            return Some(Route { template, ..unlisted(server, own) });
-        }
-        let family = family(uri)?;
-        let listed =
-            [ItemKind::Resources, ItemKind::Templates].into_iter().flat_map(|kind| self.list(kind).items());
-        let mut owners: Vec<&ServerName> =
-            listed.filter(|item| self::family(&item.own) == Some(family)).map(|item| &item.server).collect();
-        owners.sort();
-        owners.dedup();
-        match owners[..] {
-            [owner] => Some(unlisted(owner, uri)),
-            _ => None,
-        }
-    }
-
-    /// `files+demo://x` is `demo://x` of the upstream `files`: see [`by_uri`].
-    fn spelled_for<'a>(&self, uri: &'a str) -> Option<(&ServerName, &'a str)> {
-        let (server, own) = uri.split_once('+')?;
-        let server: ServerName = server.parse().ok()?;
-        let (server, _) = self.upstreams.get_key_value(&server)?;
-        Some((server, own))
     }
 }
 
@@ -178,25 +188,33 @@ fn by_name(naming: &Naming, kind: ItemKind, catalogs: &[(ServerName, Arc<Catalog
     items.map(|(((server, own), definition), exposed)| item(kind, server, own, exposed, definition)).collect()
 }
 
-/// Resources and templates, under their own URIs: clients compare them with those in results. Where two upstreams
-/// have the same, the first in order keeps it and the other gets its server's name in front, `files+demo://x`.
-fn by_uri(kind: ItemKind, catalogs: &[(ServerName, Arc<Catalog>)]) -> Vec<Item> {
-    let mut taken: HashSet<Arc<str>> = HashSet::new();
-    let mut items = Vec::new();
-    for (server, definition, own) in definitions_of(kind, catalogs) {
-        let exposed: Arc<str> = match taken.contains(&own) {
-            false => own.clone(),
-            true => format!("{server}+{own}").into(),
-        };
-        if taken.insert(exposed.clone()) {
-            items.push(item(kind, server, own, exposed, definition));
-        }
+/// What a tool's definition points to (MCP Apps) is where the client finds it.
+fn link(tool: &mut Item, uris: &mut Uris) {
+    // Nearly no tool points anywhere; nothing is parsed to learn that.
+    if memmem::find(&tool.raw, b"resourceUri").is_none() {
+        return;
     }
-    items
+    let server = tool.server.clone();
+    let Ok(mut definition) = RawObject::parse(tool.raw.clone()) else { return };
+    let Some(mut meta) = definition.get_object("_meta") else { return };
+    let linked = std::cell::RefCell::new(uris);
+    let spell = |uri: &str| linked.borrow_mut().link(&server, uri);
+    // As it was before it had a room of its own; servers write both.
+    let mut changed = respell_member(&mut meta, "ui/resourceUri", &spell);
+    if let Some(mut ui) = meta.get_object("ui")
+        && respell_member(&mut ui, "resourceUri", &spell)
+    {
+        meta.set("ui", ui.as_str());
+        changed = true;
+    }
+    if changed {
+        definition.set("_meta", meta.as_str());
+        tool.raw = definition.into_bytes();
+    }
 }
 
 /// Every definition that has a name, each name once for each server.
-fn definitions_of<'a>(
+pub(super) fn definitions_of<'a>(
     kind: ItemKind,
     catalogs: &'a [(ServerName, Arc<Catalog>)],
 ) -> impl Iterator<Item = (ServerName, RawObject, Arc<str>)> + 'a {
@@ -219,7 +237,7 @@ fn definitions_of<'a>(
     })
 }
 
-fn item(
+pub(super) fn item(
     kind: ItemKind,
     server: ServerName,
     own: Arc<str>,
@@ -245,145 +263,10 @@ fn index(list: &ItemList) -> HashMap<Arc<str>, usize> {
     list.items().iter().enumerate().map(|(i, item)| (item.exposed.clone(), i)).collect()
 }
 
-/// `scheme://authority`, or the scheme when there is no authority.
-fn family(uri: &str) -> Option<&str> {
-    let (scheme, rest) = uri.split_once(':')?;
-    let authority =
-        rest.strip_prefix("//").map(|rest| rest.find(['/', '?', '#', '{']).unwrap_or(rest.len()) + 2);
-    Some(&uri[..scheme.len() + 1 + authority.unwrap_or(0)])
-}
-
-/// Which template a URI fits.
-#[derive(Default)]
-struct Templates {
-    globs: GlobSet,
-    /// For each glob, the template's place in the list and how much of it is literal.
-    places: Vec<(usize, usize)>,
-}
-
-impl Templates {
-    fn new(list: &ItemList) -> Self {
-        let mut set = GlobSetBuilder::new();
-        let mut places = Vec::new();
-        for (i, item) in list.items().iter().enumerate() {
-            let (glob, literal) = as_glob(&item.own);
-            if let Ok(glob) = Glob::new(&glob) {
-                set.add(glob);
-                places.push((i, literal));
-            }
-        }
-        Templates { globs: set.build().unwrap_or_default(), places }
-    }
-
-    /// The template of one server that fits.
-    fn fitting_of(&self, list: &ItemList, server: &ServerName, uri: &str) -> Option<Arc<str>> {
-        let fitting = self.globs.matches(uri).into_iter().map(|g| &list.items()[self.places[g].0]);
-        fitting.into_iter().find(|item| item.server == *server).map(|item| item.own.clone())
-    }
-
-    /// The most literal template that fits; the first of equals.
-    fn fitting(&self, uri: &str) -> Option<usize> {
-        let fitting = self.globs.matches(uri).into_iter().map(|g| self.places[g]);
-        fitting.max_by_key(|(i, literal)| (*literal, std::cmp::Reverse(*i))).map(|(i, _)| i)
-    }
-}
-
-/// A URI template (RFC 6570) as a glob, each expression a star, and the length of its literals. For routing that is
-/// close enough; the upstream decides what the URI means.
-fn as_glob(template: &str) -> (String, usize) {
-    let (mut glob, mut literal, mut rest) = (String::new(), 0, template);
-    while let Some((before, after)) = rest.split_once('{') {
-        let Some((_, after)) = after.split_once('}') else { break };
-        glob.push_str(&globset::escape(before));
-        glob.push('*');
-        literal += before.len();
-        rest = after;
-    }
-    glob.push_str(&globset::escape(rest));
-    (glob, literal + rest.len())
-}
-
-/// What at least one upstream can do. Lists of tools are always offered, and always announce their changes: the
-/// gateway does that itself, and an upstream may be added at any time.
-fn merge_capabilities(catalogs: &[(ServerName, Arc<Catalog>)]) -> Value {
-    let mut merged = json!({ "tools": {} });
-    for (_, catalog) in catalogs {
-        let Some(Ok(mut theirs)) =
-            catalog.capabilities().map(|c| serde_json::from_slice::<Value>(c.as_bytes()))
-        else {
-            continue;
-        };
-        // The experimental tasks of 2025-11-25 exist in that revision only.
-        if let Some(map) = theirs.as_object_mut() {
-            map.remove("tasks");
-        }
-        unite(&mut merged, theirs);
-    }
-    for key in ["tools", "prompts", "resources"] {
-        if let Some(capability) = merged.get_mut(key).and_then(Value::as_object_mut) {
-            capability.insert("listChanged".to_owned(), json!(true));
-        }
-    }
-    merged
-}
-
-/// Objects are united member by member, and `true` beats `false`; for the rest, the first counts.
-fn unite(into: &mut Value, from: Value) {
-    match (into, from) {
-        (Value::Object(into), Value::Object(from)) => {
-            for (key, value) in from {
-                match into.get_mut(&key) {
-                    Some(there) => unite(there, value),
-                    None if value.is_null() => {}
-                    None => drop(into.insert(key, value)),
-                }
-            }
-        }
-        (into @ Value::Bool(false), Value::Bool(true)) => *into = Value::Bool(true),
-        _ => {}
-    }
-}
-
-fn discover(capabilities: &Value, catalogs: &[(ServerName, Arc<Catalog>)]) -> Value {
-    let versions =
-        ProtocolVersion::ALL.iter().filter(|v| **v > ProtocolVersion::V2024_11_05).map(|v| v.as_str());
-    let info = json!({ "name": "portcullis", "version": env!("CARGO_PKG_VERSION") });
-    let mut result = Map::new();
-    result.insert("resultType".into(), json!("complete"));
-    result.insert("supportedVersions".into(), versions.collect());
-    result.insert("capabilities".into(), capabilities.clone());
-    if let Some(instructions) = instructions(catalogs) {
-        result.insert("instructions".into(), instructions.into());
-    }
-    result.insert("ttlMs".into(), json!(0));
-    result.insert("cacheScope".into(), json!("private"));
-    result.insert("_meta".into(), json!({ meta::SERVER_INFO: info }));
-    Value::Object(result)
-}
-
-/// Each upstream's instructions under its name. One upstream's stand as they are.
-fn instructions(catalogs: &[(ServerName, Arc<Catalog>)]) -> Option<String> {
-    let said: Vec<(&ServerName, String)> = catalogs
-        .iter()
-        .filter_map(|(server, catalog)| {
-            let text = catalog.discover.as_ref()?.get_string("instructions")?.trim().to_owned();
-            (!text.is_empty()).then_some((server, text))
-        })
-        .collect();
-    match (&said[..], catalogs.len()) {
-        ([], _) => None,
-        ([(_, text)], 1) => Some(text.clone()),
-        _ => Some(
-            said.iter()
-                .map(|(server, text)| format!("## {server}\n\n{text}"))
-                .collect::<Vec<_>>()
-                .join("\n\n"),
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn catalog(discover: Value, tools: &[&str], resources: &[&str], templates: &[&str]) -> Arc<Catalog> {
@@ -454,7 +337,9 @@ mod tests {
         let a =
             json!({ "capabilities": { "resources": { "subscribe": false }, "extensions": { "x/y": {} } } });
         let b = json!({ "capabilities": { "resources": { "subscribe": true }, "logging": {}, "tasks": {} } });
-        let merged = view(&[("a", catalog(a, &[], &[], &[])), ("b", catalog(b, &[], &[], &[]))]).capabilities;
+        let view = view(&[("a", catalog(a, &[], &[], &[])), ("b", catalog(b, &[], &[], &[]))]);
+        let merged: Value =
+            serde_json::from_str(view.capabilities(ProtocolVersion::LATEST).as_str()).unwrap();
         assert_eq!(
             merged,
             json!({

@@ -29,7 +29,7 @@ pub mod rescue;
 mod timeout;
 mod trace;
 
-pub use access::{AccessLayer, AccessRules, Directory, Route};
+pub use access::{AccessLayer, AccessRules, Directory, InForce, Route, TaskRoute};
 pub use concurrency::{Concurrency, ConcurrencyLayer};
 pub use from_fn::{FromFn, FromFnLayer, Next, from_fn};
 pub use paginate::{Paginate, PaginateLayer};

@@ -37,7 +37,8 @@ impl ListenFilter {
             Method::PromptsChanged => self.prompts,
             Method::ResourcesChanged => self.resources,
             Method::ResourceUpdated => {
-                notification.params.get_string("uri").is_some_and(|uri| self.uris.iter().any(|u| **u == *uri))
+                let wanted = |uri: &str| self.uris.iter().any(|u| *u == *uri || is_within(uri, u));
+                notification.params.get_string("uri").is_some_and(|uri| wanted(&uri))
             }
             _ => false,
         }
@@ -65,5 +66,27 @@ impl ListenFilter {
     pub fn acknowledged(&self) -> Notification {
         let params = Params::from_value(&json!({ "notifications": self.to_value() }));
         Notification { method: Method::Acknowledged, params }
+    }
+}
+
+/// Whether a resource is one within another: an update may be of a part of what was subscribed to (MCP 2025-11-25,
+/// resources, subscriptions).
+pub(crate) fn is_within(uri: &str, whole: &str) -> bool {
+    let Some(rest) = uri.strip_prefix(whole).filter(|_| !whole.is_empty()) else { return false };
+    !rest.is_empty() && (whole.ends_with('/') || rest.starts_with(['/', '?', '#']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_within_and_a_neighbour_is_not() {
+        for part in ["a://b/c", "a://b#c", "a://b?c"] {
+            assert!(is_within(part, "a://b"), "{part}");
+        }
+        assert!(is_within("a://b/c", "a://b/"));
+        assert!(!is_within("a://bc", "a://b"));
+        assert!(!is_within("a://b", "a://b"));
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::{Cursor, Method, ServerName};
+use super::{Cursor, Method, RawObject, ServerName, extension};
 
 /// What a list is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,11 +17,14 @@ pub enum ItemKind {
     Resources,
     /// Resource templates.
     Templates,
+    /// Skills, of the extension.
+    Skills,
 }
 
 impl ItemKind {
-    /// All four.
-    pub const ALL: [ItemKind; 4] = [Self::Tools, Self::Prompts, Self::Resources, Self::Templates];
+    /// All of them.
+    pub const ALL: [ItemKind; 5] =
+        [Self::Tools, Self::Prompts, Self::Resources, Self::Templates, Self::Skills];
 
     /// The member of the result that holds the list.
     pub fn member(self) -> &'static str {
@@ -30,6 +33,7 @@ impl ItemKind {
             ItemKind::Prompts => "prompts",
             ItemKind::Resources => "resources",
             ItemKind::Templates => "resourceTemplates",
+            ItemKind::Skills => "skills",
         }
     }
 
@@ -37,7 +41,7 @@ impl ItemKind {
     pub fn name_member(self) -> &'static str {
         match self {
             ItemKind::Tools | ItemKind::Prompts => "name",
-            ItemKind::Resources => "uri",
+            ItemKind::Resources | ItemKind::Skills => "uri",
             ItemKind::Templates => "uriTemplate",
         }
     }
@@ -49,6 +53,7 @@ impl ItemKind {
             ItemKind::Prompts => Method::PromptsList,
             ItemKind::Resources => Method::ResourcesList,
             ItemKind::Templates => Method::TemplatesList,
+            ItemKind::Skills => Method::SkillsList,
         }
     }
 
@@ -57,12 +62,16 @@ impl ItemKind {
         Self::ALL.into_iter().find(|kind| kind.list_method() == *method)
     }
 
-    /// The capability a server declares for them.
-    pub fn capability(self) -> &'static str {
+    /// Whether a server of these capabilities has such.
+    pub fn is_offered(self, capabilities: &RawObject) -> bool {
+        let has = |object: &RawObject, key| object.get(key).is_some_and(|value| value != "null");
         match self {
-            ItemKind::Tools => "tools",
-            ItemKind::Prompts => "prompts",
-            ItemKind::Resources | ItemKind::Templates => "resources",
+            ItemKind::Tools => has(capabilities, "tools"),
+            ItemKind::Prompts => has(capabilities, "prompts"),
+            ItemKind::Resources | ItemKind::Templates => has(capabilities, "resources"),
+            ItemKind::Skills => {
+                capabilities.get_object("extensions").is_some_and(|e| has(&e, extension::SKILLS))
+            }
         }
     }
 }

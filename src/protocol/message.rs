@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Method, Params, Payload, RpcError, code};
+use super::{Method, Params, Payload, RpcError, code, shape::is_object};
 
 /// One JSON-RPC message, its params and result still raw.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Message {
     }
 
     /// Reads an upstream's answer. When it opens as the common serializers write it and closes with `id`, the
-    /// result is cut out without looking inside; anything else goes through [`Message::parse`].
+    /// result is cut out, if it is one whole object; anything else goes through [`Message::parse`].
     pub fn parse_response(bytes: Bytes, id: &RequestId) -> Result<Message, ParseError> {
         match cut_result(&bytes, id) {
             Some(result) => Ok(Message::Response { id: Some(id.clone()), payload: Payload::Raw(result) }),
@@ -65,7 +65,8 @@ impl Message {
 }
 
 /// `{"jsonrpc":"2.0","id":7,"result":{..}}` (most servers) or `{"result":{..},"jsonrpc":"2.0","id":7}` (the
-/// TypeScript SDK). A result of 100 KiB then costs no scan.
+/// TypeScript SDK). What stands between must be one object and no more: the client gets it as it is, and it could say
+/// anything in our envelope.
 fn cut_result(bytes: &Bytes, id: &RequestId) -> Option<Bytes> {
     let body = bytes.trim_ascii();
     let id = id.as_str().as_bytes();
@@ -75,7 +76,7 @@ fn cut_result(bytes: &Bytes, id: &RequestId) -> Option<Bytes> {
         let rest = body.strip_prefix(br#"{"result":"#)?.strip_suffix(b"}")?;
         rest.strip_suffix(id)?.strip_suffix(br#","jsonrpc":"2.0","id":"#)?
     };
-    (inner.first() == Some(&b'{') && inner.last() == Some(&b'}')).then(|| bytes.slice_ref(inner))
+    is_object(inner).then(|| bytes.slice_ref(inner))
 }
 
 #[derive(Deserialize)]

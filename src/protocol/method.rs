@@ -73,6 +73,16 @@ methods! {
     TasksUpdate = "tasks/update",
     /// Ends a task.
     TasksCancel = "tasks/cancel",
+    /// 2025-11-25: lists one's tasks.
+    TasksList = "tasks/list",
+    /// 2025-11-25: waits for a task's result.
+    TasksResult = "tasks/result",
+    /// Extension: lists skills.
+    SkillsList = "skills/list",
+    /// Extension: describes one skill.
+    SkillsGet = "skills/get",
+    /// Extension: lists what is in a directory.
+    DirectoryRead = "resources/directory/read",
     /// Server to client: asks for a completion of its model.
     CreateMessage = "sampling/createMessage",
     /// Server to client: asks the person.
@@ -95,6 +105,10 @@ methods! {
     ResourcesChanged = "notifications/resources/list_changed",
     /// A resource changed.
     ResourceUpdated = "notifications/resources/updated",
+    /// Extension: how a task is.
+    TaskChanged = "notifications/tasks",
+    /// 2025-11-25: how a task is.
+    LegacyTaskChanged = "notifications/tasks/status",
     /// First message on a listen stream.
     Acknowledged = "notifications/subscriptions/acknowledged",
 }
@@ -114,6 +128,8 @@ impl Method {
                 | Method::SetLevel
                 | Method::ResourcesSubscribe
                 | Method::ResourcesUnsubscribe
+                | Method::TasksList
+                | Method::TasksResult
         )
     }
 
@@ -127,6 +143,9 @@ impl Method {
                 | Method::ResourcesList
                 | Method::TemplatesList
                 | Method::ResourcesRead
+                | Method::SkillsList
+                | Method::SkillsGet
+                | Method::DirectoryRead
         )
     }
 
@@ -170,11 +189,19 @@ impl Target {
         if *method == Method::Complete {
             return Target::of_completion(params);
         }
-        let name: Arc<str> = params.get_string(method.name_member()?)?.into();
+        // Named in the params, and in no header.
+        let member = match method {
+            Method::TasksResult => "taskId",
+            Method::SkillsGet | Method::DirectoryRead => "uri",
+            method => method.name_member()?,
+        };
+        let name: Arc<str> = params.get_string(member)?.into();
         Some(match method {
             Method::ToolsCall => Target::Tool(name),
             Method::PromptsGet => Target::Prompt(name),
-            Method::TasksGet | Method::TasksUpdate | Method::TasksCancel => Target::Task(name),
+            Method::TasksGet | Method::TasksUpdate | Method::TasksCancel | Method::TasksResult => {
+                Target::Task(name)
+            }
             _ => Target::Resource(name),
         })
     }

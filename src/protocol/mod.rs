@@ -30,12 +30,14 @@ mod response;
 mod result_type;
 mod route;
 mod rpc;
+mod shape;
 mod sign;
 mod version;
 
 pub use cursor::{Cursor, InvalidCursor};
 pub use encode::{notification_json, request_json};
 pub use filter::ListenFilter;
+pub(crate) use filter::is_within;
 pub use frame::{Frame, FrameStream, Notification, Reply, ServerRequest, Unsolicited};
 pub use header::{MirroredHeaders, ParamHeader, ParamHeaders, decode_header, encode_header};
 pub use items::{Item, ItemKind, ItemList};
@@ -65,4 +67,14 @@ pub mod meta {
     pub const SERVER_INFO: &str = "io.modelcontextprotocol/serverInfo";
     /// The `subscriptions/listen` request a notification belongs to.
     pub const SUBSCRIPTION_ID: &str = "io.modelcontextprotocol/subscriptionId";
+    /// The task a message belongs to (MCP 2025-11-25, tasks).
+    pub const RELATED_TASK: &str = "io.modelcontextprotocol/related-task";
+}
+
+/// The extensions of MCP that need something of a gateway.
+pub mod extension {
+    /// Tasks of 2026-07-28.
+    pub const TASKS: &str = "io.modelcontextprotocol/tasks";
+    /// Skills.
+    pub const SKILLS: &str = "io.modelcontextprotocol/skills";
 }

@@ -68,6 +68,9 @@ pub struct CatalogRecord {
     pub resources: Vec<Box<RawValue>>,
     /// Resource templates likewise.
     pub templates: Vec<Box<RawValue>>,
+    /// Skills likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skills: Vec<Box<RawValue>>,
 }
 
 fn yes() -> bool {

@@ -122,13 +122,88 @@ async fn a_resource_two_upstreams_have_can_be_read_from_each() {
     }
 }
 
+// === what only upstreams understand ===
+
+/// Answers `vendor/x` with its name; `vendor/fails` with an error of its own.
+async fn vendor(name: &'static str) -> Upstream {
+    let script = Upstream::modern()
+        .tool("t")
+        .on("vendor/x", move |sent| {
+            let answer = result(&sent, &format!(r#"{{"by":"{name}", "n":1.10}}"#));
+            async { answer }
+        })
+        .on("vendor/fails", |sent| {
+            let answer = error(&sent, 200, r#"{"code":-32602,"message":"no"}"#);
+            async { answer }
+        });
+    script.start().await
+}
+
 #[tokio::test]
-async fn a_method_that_names_nothing_has_no_upstream_among_two() {
-    let (a, b) = (named("A", &[]).await, named("B", &[]).await);
-    let gateway = Gateway::with([("a", a.url()), ("b", b.url())]).start().await;
-    a.forget();
+async fn a_method_nobody_here_knows_goes_to_the_first_upstream_that_does() {
+    let (a, b, c) = (named("A", &[]).await, vendor("B").await, vendor("C").await);
+    let gateway = Gateway::with([("a", a.url()), ("b", b.url()), ("c", c.url())]).start().await;
+    let client = gateway.modern();
+    for _ in 0..2 {
+        let answer = client.ask("vendor/x", json!({ "y": "z" })).await;
+        assert!(answer.text().contains(r#"{"resultType":"complete","by":"B", "n":1.10}"#), "{answer}");
+    }
+    assert_eq!(b.seen_of("vendor/x")[0].params()["y"], "z");
+    // Who answered is remembered, and nobody else is asked.
+    assert_eq!((a.seen_of("vendor/x").len(), b.seen_of("vendor/x").len()), (1, 2));
+    assert_eq!(client.ask("vendor/fails", json!({})).await.refusal(), (200, -32602));
+    assert!(c.seen_of("vendor/x").is_empty() && c.seen_of("vendor/fails").is_empty());
+    assert_eq!(client.ask("vendor/other", json!({})).await.refusal(), (404, -32601));
+    gateway.inner.remove(&"b".parse().expect("a name"));
+    assert_eq!(client.ask("vendor/x", json!({})).await.result()["by"], "C");
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_away_does_not_hide_who_knows_a_method() {
+    let known = vendor("B").await;
+    let gateway = Gateway::with([("gone", Upstream::nowhere().await), ("b", known.url())]).start().await;
+    let client = gateway.modern();
+    assert_eq!(client.ask("vendor/x", json!({})).await.result()["by"], "B");
+    let refused = client.ask("vendor/other", json!({})).await;
+    assert_eq!(refused.error()["code"], -31503, "perhaps the one that is away knows it: {refused}");
+}
+
+#[tokio::test]
+async fn an_upstream_with_rules_gets_nothing_that_could_be_a_way_around_them() {
+    let (a, b) = (vendor("A").await, vendor("B").await);
+    let gateway = Gateway::with([("a", a.url()), ("b", b.url())]).deny("a", &["secret"]).start().await;
+    let client = gateway.modern();
+    assert_eq!(client.ask("vendor/x", json!({})).await.result()["by"], "B");
+    let told = r#"{"jsonrpc":"2.0","method":"notifications/vendor/x","params":{}}"#;
+    assert_eq!(client.raw("notifications/vendor/x", told).send().await.status, 202);
+    eventually("b is told", async || b.seen_of("notifications/vendor/x").len() == 1).await;
+    assert!(a.seen_of("vendor/x").is_empty() && a.seen_of("notifications/vendor/x").is_empty());
+    let gateway = Gateway::with([("a", a.url())]).deny("a", &["secret"]).start().await;
     assert_eq!(gateway.modern().ask("vendor/x", json!({})).await.refusal(), (404, -32601));
-    assert!(a.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_notification_nobody_here_knows_is_told_to_all_and_waits_for_none() {
+    let (release, probe) = (Arc::new(Notify::new()), Probe::default());
+    let (gate, enter) = (release.clone(), probe.clone());
+    let slow = Upstream::modern().tool("t").on("notifications/vendor/x", move |_| {
+        let (gate, inside) = (gate.clone(), enter.enter());
+        async move {
+            gate.notified().await;
+            drop(inside);
+            crate::stage::plain(202, "")
+        }
+    });
+    let (slow, quick) = (slow.start().await, vendor("B").await);
+    let gateway = Gateway::with([("slow", slow.url()), ("b", quick.url())]).start().await;
+    let told = r#"{"jsonrpc":"2.0","method":"notifications/vendor/x","params":{"a":1e400}}"#;
+    assert_eq!(gateway.modern().raw("notifications/vendor/x", told).send().await.status, 202);
+    eventually("the quick one is told", async || !quick.seen_of("notifications/vendor/x").is_empty()).await;
+    probe.begun().await;
+    assert!(quick.seen_of("notifications/vendor/x")[0].raw("params").contains("1e400"));
+    release.notify_waiters();
+    probe.over().await;
+    assert_eq!((probe.has_begun(), quick.seen_of("notifications/vendor/x").len()), (1, 1));
 }
 
 // === upstream requests ===
@@ -307,7 +382,8 @@ async fn calls_beyond_the_cap_are_refused_and_none_is_queued() {
         calls.iter().filter(|call| call.is_finished()).count() == 300 - CAP
     })
     .await;
-    assert_eq!((probe.has_begun(), probe.is_over()), (CAP, 0));
+    eventually("those under way have arrived", async || probe.has_begun() == CAP).await;
+    assert_eq!(probe.is_over(), 0);
     let (mut done, mut refused) = (0, 0);
     release.notify_waiters();
     for call in calls {

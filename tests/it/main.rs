@@ -4,9 +4,13 @@
 #[cfg(feature = "daemon")]
 mod byte_for_byte;
 #[cfg(feature = "daemon")]
+mod changes;
+#[cfg(feature = "daemon")]
 mod cli;
 #[cfg(feature = "daemon")]
 mod examples;
+#[cfg(feature = "daemon")]
+mod extensions;
 #[cfg(feature = "daemon")]
 mod faults;
 #[cfg(feature = "daemon")]
@@ -29,6 +33,8 @@ mod sse_upstream;
 mod stage;
 #[cfg(feature = "daemon")]
 mod support;
+#[cfg(feature = "daemon")]
+mod tasks;
 #[cfg(feature = "daemon")]
 mod upstream;
 #[cfg(feature = "daemon")]

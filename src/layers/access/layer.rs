@@ -3,7 +3,7 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -11,11 +11,10 @@ use arc_swap::ArcSwap;
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
-use super::{AccessRules, Directory};
+use super::{AccessRules, Directory, gate::Gate, watch::Watch};
 use crate::{
     BoxError, McpService,
-    error::{Unimplemented, Unknown},
-    protocol::{ItemKind, ItemList, McpRequest, McpResponse, Method, Payload, Target},
+    protocol::{ItemKind, McpRequest, McpResponse, Method, Payload},
 };
 
 /// Hides what the rules deny, everywhere. It stands inside `rescue` and outside everything that asks a person or
@@ -42,26 +41,11 @@ pub struct Access<S> {
     gate: Arc<Gate>,
 }
 
-/// What all clones of the service share.
-struct Gate {
-    directory: Arc<dyn Directory>,
-    rules: Arc<ArcSwap<AccessRules>>,
-    filtered: [Mutex<Option<Filtered>>; 4],
-}
-
-/// The last list filtered: as long as list and rules are the same, so is the outcome.
-struct Filtered {
-    rules: Arc<AccessRules>,
-    whole: ItemList,
-    visible: ItemList,
-}
-
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
 
     fn layer(&self, inner: S) -> Access<S> {
-        let (directory, rules) = (self.directory.clone(), self.rules.clone());
-        Access { inner, gate: Arc::new(Gate { directory, rules, filtered: Default::default() }) }
+        Access { inner, gate: Arc::new(Gate::new(self.directory.clone(), self.rules.clone())) }
     }
 }
 
@@ -78,77 +62,17 @@ impl<S: McpService> Service<McpRequest> for Access<S> {
         match self.gate.admit(&mut request) {
             Err(refusal) => AccessFuture { state: State::Refused { refusal: Some(refusal) } },
             Ok(()) => {
-                let gate = ItemKind::of(request.method()).map(|_| self.gate.clone());
-                AccessFuture { state: State::Admitted { inner: self.inner.call(request), gate } }
+                let judge = match request.method() {
+                    // Before the call: what changes while the subscription is opened is told, too.
+                    Method::Listen => Judge::Frames(Box::new(Watch::new(&self.gate, &request))),
+                    method if ItemKind::of(method).is_some() => Judge::List(self.gate.clone()),
+                    _ => Judge::Nothing,
+                };
+                AccessFuture {
+                    state: State::Admitted { inner: self.inner.call(request), judge: Some(judge) },
+                }
             }
         }
-    }
-}
-
-impl Gate {
-    /// Lets the request pass, with the route of what it names, or says why not.
-    fn admit(&self, request: &mut McpRequest) -> Result<(), BoxError> {
-        let rules = self.rules.load();
-        if let Some(target) = request.target().cloned() {
-            let route = self.directory.find(&target).filter(|r| rules.allows_route(r, target.name()));
-            let route = match (route, &target) {
-                (Some(route), _) => route,
-                // A task is not in any catalog; the router knows, or does not.
-                (None, Target::Task(_)) => return Ok(()),
-                (None, _) => return Err(Unknown(target).into()),
-            };
-            request.extensions_mut().insert(route);
-            return Ok(());
-        }
-        match request.method() {
-            Method::Listen => self.narrow(request, &rules),
-            // What an unknown method addresses, nobody here can tell. With any rule in force it could be a way
-            // around that rule.
-            Method::Other(_)
-                if !rules.is_empty() && (request.id().is_some() || !request.method().is_notification()) =>
-            {
-                return Err(Unimplemented(request.method().clone()).into());
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Drops the resources that may not be seen from a subscription: as if they were not there.
-    fn narrow(&self, request: &mut McpRequest, rules: &AccessRules) {
-        let Some(mut filter) = request.params().get_object("notifications") else { return };
-        let Some(Ok(wanted)) = filter.get_as::<Vec<String>>("resourceSubscriptions") else { return };
-        let visible: Vec<&String> = wanted
-            .iter()
-            .filter(|uri| {
-                let route = self.directory.find(&Target::Resource(uri.as_str().into()));
-                route.is_some_and(|r| rules.allows_route(&r, uri))
-            })
-            .collect();
-        if visible.len() == wanted.len() {
-            return;
-        }
-        filter.set("resourceSubscriptions", serde_json::to_string(&visible).expect("strings are JSON"));
-        let mut params = request.params().clone();
-        params.object_mut().set("notifications", filter.as_str());
-        request.set_params(params);
-    }
-
-    /// What of the list may be seen. In the steady state that is a comparison of two pointers.
-    fn filter(&self, list: ItemList) -> ItemList {
-        let rules = self.rules.load_full();
-        if rules.is_empty() {
-            return list;
-        }
-        let slot = &self.filtered[list.kind() as usize];
-        let mut last = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = last.as_ref().filter(|l| Arc::ptr_eq(&l.rules, &rules) && l.whole.is_same(&list))
-        {
-            return last.visible.clone();
-        }
-        let visible = list.filter(|item| rules.allows(&item.server, &item.own, &item.exposed));
-        *last = Some(Filtered { rules, whole: list, visible: visible.clone() });
-        visible
     }
 }
 
@@ -165,9 +89,16 @@ pin_project! {
     enum State<F> {
         // Not for this caller.
         Refused { refusal: Option<BoxError> },
-        // For this caller; `gate` when there is a list to filter.
-        Admitted { #[pin] inner: F, gate: Option<Arc<Gate>> },
+        // For this caller; what of the answer is, is judged.
+        Admitted { #[pin] inner: F, judge: Option<Judge> },
     }
+}
+
+/// What of an answer is held against the rules.
+enum Judge {
+    Nothing,
+    List(Arc<Gate>),
+    Frames(Box<Watch>),
 }
 
 impl<F, E> Future for AccessFuture<F>
@@ -182,14 +113,19 @@ where
             Projected::Refused { refusal } => {
                 Poll::Ready(Err(refusal.take().expect("a future is not polled after it is done")))
             }
-            Projected::Admitted { inner, gate } => {
+            Projected::Admitted { inner, judge } => {
                 let response = ready!(inner.poll(cx)).map_err(Into::into)?;
-                let Some(gate) = gate else { return Poll::Ready(Ok(response)) };
+                let judge = judge.take().expect("a future is not polled after it is done");
+                if matches!(judge, Judge::Nothing) {
+                    return Poll::Ready(Ok(response));
+                }
                 let (payload, extensions) = response.into_parts();
-                let payload = match payload {
-                    Payload::Items(list) => Payload::Items(gate.filter(list)),
+                let payload = match (judge, payload) {
+                    (Judge::List(gate), Payload::Items(list)) => Payload::Items(gate.filter(list)),
+                    (Judge::Frames(watch), Payload::Stream(frames)) => Payload::Stream(watch.over(frames)),
+                    (_, Payload::Error(error)) => Payload::Error(error),
+                    (Judge::Frames(_), payload) => payload,
                     // A list that is not made of items cannot be judged, and what cannot be judged is not shown.
-                    Payload::Error(error) => Payload::Error(error),
                     _ => return Poll::Ready(Err("a list came in a form that cannot be filtered".into())),
                 };
                 Poll::Ready(Ok(McpResponse::from_parts(payload, extensions)))
@@ -212,10 +148,16 @@ impl<S: fmt::Debug> fmt::Debug for Access<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use futures_util::FutureExt as _;
+
     use super::*;
     use crate::{
-        layers::Route,
-        protocol::{Params, ServerName},
+        error::Unknown,
+        identity::Caller,
+        layers::{InForce, Route, TaskRoute},
+        protocol::{Frame, FrameStream, ItemList, Notification, Params, ServerName, Target},
         testing,
     };
 
@@ -284,13 +226,151 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unknown_method_is_no_way_around_a_rule() {
+    async fn an_unknown_method_goes_on_with_the_rules_it_must_keep() {
         let (layer, rules) = denying("delete");
-        let (mut service, _inner) = testing::layer(layer);
+        let (mut service, mut inner) = testing::layer(layer);
         let unknown = || McpRequest::bare(Method::from("vendor/delete"));
-        assert!(service.call(unknown()).await.unwrap_err().is::<Unimplemented>());
+        let _open = service.call(unknown());
+        let sent = inner.next_request().await.request;
+        assert!(sent.extensions().get::<InForce>().unwrap().0.restricts(&mock()));
         rules.store(Arc::new(AccessRules::default()));
         let _open = service.call(unknown());
+        assert!(inner.next_request().await.request.extensions().get::<InForce>().is_none());
+    }
+
+    /// A directory whose list of tools changes.
+    struct Changing(Mutex<ItemList>);
+
+    impl Changing {
+        fn set(&self, tools: &[&str]) {
+            let Payload::Items(list) = testing::tools(tools).into_payload() else { panic!() };
+            *self.0.lock().unwrap() = list;
+        }
+    }
+
+    impl Directory for Changing {
+        fn find(&self, target: &Target) -> Option<Route> {
+            Everything.find(target)
+        }
+
+        fn list(&self, kind: ItemKind) -> Option<ItemList> {
+            (kind == ItemKind::Tools).then(|| self.0.lock().unwrap().clone())
+        }
+
+        fn task(&self, id: &str, _: &Caller) -> Option<TaskRoute> {
+            let (tool, exposed) = (id.into(), id.into());
+            Some(TaskRoute { route: Everything.find(&Target::Task(id.into()))?, tool, exposed })
+        }
+    }
+
+    /// An open subscription: what the upstream side says, and what the client is told.
+    struct Subscribed {
+        directory: Arc<Changing>,
+        rules: Arc<ArcSwap<AccessRules>>,
+        say: tokio::sync::mpsc::UnboundedSender<Notification>,
+        told: FrameStream,
+    }
+
+    impl Subscribed {
+        async fn to(filter: serde_json::Value, deny: &str, tools: &[&str]) -> Self {
+            let Payload::Items(list) = testing::tools(tools).into_payload() else { panic!() };
+            let directory = Arc::new(Changing(Mutex::new(list)));
+            let (_, rules) = denying(deny);
+            let layer = AccessLayer::new(directory.clone(), rules.clone());
+            let (mut service, mut inner) = testing::layer(layer);
+            let params = Params::from_value(&serde_json::json!({ "notifications": filter }));
+            let answer = service.call(McpRequest::new(Method::Listen, params));
+            let (say, said) = tokio::sync::mpsc::unbounded_channel::<Notification>();
+            let frames = futures_util::stream::unfold(said, |mut said| async {
+                Some((Ok(Frame::Notification(said.recv().await?)), said))
+            });
+            inner.answer(McpResponse::new(Payload::Stream(Box::pin(frames)))).await;
+            let Payload::Stream(told) = answer.await.unwrap().into_payload() else { panic!() };
+            Subscribed { directory, rules, say, told }
+        }
+
+        fn deny(&self, glob: &str) {
+            self.rules.store(denying(glob).1.load_full());
+        }
+
+        fn say(&self, method: Method, params: serde_json::Value) {
+            self.say.send(Notification { method, params: Params::from_value(&params) }).unwrap();
+        }
+
+        /// Everything the client was told by now.
+        fn told(&mut self) -> Vec<Method> {
+            let next = |told: &mut FrameStream| futures_util::StreamExt::next(told).now_or_never().flatten();
+            std::iter::from_fn(|| match next(&mut self.told) {
+                Some(Ok(Frame::Notification(n))) => Some(n.method),
+                _ => None,
+            })
+            .collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_change_nobody_may_see_is_told_to_nobody() {
+        let filter = serde_json::json!({ "toolsListChanged": true });
+        let mut open = Subscribed::to(filter, "secret*", &["read"]).await;
+        let nothing = serde_json::json!({});
+        open.say(Method::Acknowledged, nothing.clone());
+        assert_eq!(open.told(), [Method::Acknowledged]);
+        open.directory.set(&["read", "secret"]);
+        open.say(Method::ToolsChanged, nothing.clone());
+        assert_eq!(open.told(), []);
+        open.directory.set(&["read", "secret", "write"]);
+        open.say(Method::ToolsChanged, nothing.clone());
+        open.say(Method::ToolsChanged, nothing.clone());
+        assert_eq!(open.told(), [Method::ToolsChanged]);
+        open.say(Method::PromptsChanged, nothing);
+        assert_eq!(open.told(), []);
+    }
+
+    #[tokio::test]
+    async fn a_change_of_rules_is_told_to_those_who_see_it() {
+        let filter = serde_json::json!({ "toolsListChanged": true });
+        let mut open = Subscribed::to(filter, "x", &["read", "delete"]).await;
+        let nothing = serde_json::json!({});
+        // While the subscription was being opened.
+        open.deny("delete");
+        open.say(Method::Acknowledged, nothing.clone());
+        assert_eq!(open.told(), [Method::Acknowledged, Method::ToolsChanged]);
+        open.deny("del*");
+        open.say(Method::ToolsChanged, nothing.clone());
+        assert_eq!(open.told(), []);
+        open.deny("read");
+        open.say(Method::ToolsChanged, nothing);
+        assert_eq!(open.told(), [Method::ToolsChanged]);
+    }
+
+    #[tokio::test]
+    async fn new_rules_end_updates_of_what_they_hide() {
+        let filter = serde_json::json!({ "resourceSubscriptions": ["a:secret"] });
+        let mut open = Subscribed::to(filter, "x", &[]).await;
+        let update = serde_json::json!({ "uri": "a:secret" });
+        let task = serde_json::json!({ "taskId": "secret" });
+        open.say(Method::ResourceUpdated, update.clone());
+        open.say(Method::TaskChanged, task.clone());
+        assert_eq!(open.told(), [Method::ResourceUpdated, Method::TaskChanged]);
+        open.deny("*secret");
+        open.say(Method::ResourceUpdated, update);
+        open.say(Method::TaskChanged, task.clone());
+        open.say(Method::LegacyTaskChanged, task);
+        assert_eq!(open.told(), []);
+    }
+
+    #[tokio::test]
+    async fn a_denied_tools_task_leads_nowhere() {
+        let directory = Arc::new(Changing(Mutex::new(ItemList::new(ItemKind::Tools, Vec::new()))));
+        let layer = AccessLayer::new(directory, denying("secret").1);
+        let (mut service, mut inner) = testing::layer(layer);
+        for (id, leads) in [("secret", false), ("open", true)] {
+            let params = Params::from_value(&serde_json::json!({ "taskId": id }));
+            let _open = service.call(McpRequest::new(Method::TasksGet, params));
+            let sent = inner.next_request().await.request;
+            assert_eq!(sent.extensions().get::<Route>().is_some(), leads, "{id}");
+            assert!(sent.extensions().get::<InForce>().is_some());
+        }
     }
 
     #[tokio::test]

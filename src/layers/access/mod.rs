@@ -14,17 +14,51 @@
 //! # Ok::<(), portcullis::BoxError>(())
 //! ```
 
+mod gate;
 mod layer;
 mod rules;
+mod watch;
+
+use std::sync::Arc;
 
 pub use layer::{Access, AccessFuture, AccessLayer};
 pub use rules::{AccessRules, InvalidGlob};
 
 pub use crate::protocol::Route;
-use crate::protocol::Target;
+use crate::{
+    identity::Caller,
+    protocol::{ItemKind, ItemList, Target},
+};
 
 /// Finds what a name stands for. The gateway is one.
 pub trait Directory: Send + Sync + 'static {
     /// The upstream and the upstream's own name behind a target.
     fn find(&self, target: &Target) -> Option<Route>;
+
+    /// All there is of one kind, unfiltered: what a subscription to its changes is held against. A directory without
+    /// lists leaves such subscriptions as they are.
+    fn list(&self, _kind: ItemKind) -> Option<ItemList> {
+        None
+    }
+
+    /// The task that `caller` was given under this id.
+    fn task(&self, _id: &str, _caller: &Caller) -> Option<TaskRoute> {
+        None
+    }
 }
+
+/// Where a task is, and what it does. Rules judge a task by that: the result of a denied tool is denied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskRoute {
+    /// The upstream, and the upstream's own id.
+    pub route: Route,
+    /// The tool, as the upstream knows it.
+    pub tool: Arc<str>,
+    /// The tool, as clients knew it when the task began.
+    pub exposed: Arc<str>,
+}
+
+/// In the extensions of a request that is not about one thing of one upstream: the rules it must not be a way around.
+/// Whoever sends it on or merges answers goes by them. Absent when nothing is restricted.
+#[derive(Clone, Debug)]
+pub struct InForce(pub Arc<AccessRules>);

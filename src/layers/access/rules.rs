@@ -58,6 +58,12 @@ impl AccessRules {
         self.servers.is_empty()
     }
 
+    /// Whether the server has rules: then what nobody here understands must not reach it, for that could be a way around
+    /// them.
+    pub fn restricts(&self, server: &ServerName) -> bool {
+        self.servers.contains_key(server)
+    }
+
     /// Whether something named `own` at `server`, and `exposed` here, may be seen and called.
     pub fn allows(&self, server: &ServerName, own: &str, exposed: &str) -> bool {
         let Some(rules) = self.servers.get(server) else { return true };
@@ -71,8 +77,34 @@ impl AccessRules {
         let Some(rules) = self.servers.get(&route.server) else { return true };
         let names = [Some(&*route.own), Some(exposed), route.template.as_deref()];
         let matches = |globs: &Globs| names.iter().flatten().any(|name| globs.is_match(name));
-        !matches(&rules.deny) && rules.allow.as_ref().is_none_or(matches)
+        // What nobody lists is as the client spells it, and `%73ecret` is another way to write `secret`.
+        let decoded = if route.definition.is_none() { decoded(&route.own) } else { None };
+        !matches(&rules.deny)
+            && !decoded.is_some_and(|name| rules.deny.is_match(&name))
+            && rules.allow.as_ref().is_none_or(matches)
     }
+}
+
+/// Without percent encoding. `None` when there is none.
+fn decoded(uri: &str) -> Option<String> {
+    uri.contains('%').then(|| {
+        let (mut out, mut rest) = (Vec::with_capacity(uri.len()), uri.as_bytes());
+        while let Some((first, after)) = rest.split_first() {
+            let code = after.get(..2).and_then(|hex| std::str::from_utf8(hex).ok());
+            let code = code.filter(|hex| *first == b'%' && hex.bytes().all(|b| b.is_ascii_hexdigit()));
+            match code.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                Some(byte) => {
+                    out.push(byte);
+                    rest = &after[2..];
+                }
+                None => {
+                    out.push(*first);
+                    rest = after;
+                }
+            }
+        }
+        String::from_utf8_lossy(&out).into_owned()
+    })
 }
 
 fn compile(globs: &[String]) -> Result<Globs, InvalidGlob> {
@@ -143,6 +175,21 @@ mod tests {
         };
         assert!(!rules.allows_route(&route("demo://secret/{id}"), "demo://secret/7"));
         assert!(rules.allows_route(&route("demo://open/{id}"), "demo://secret/7"));
+    }
+
+    #[test]
+    fn no_encoding_is_a_way_around_a_rule() {
+        let server: ServerName = "s".parse().unwrap();
+        let mut rules = AccessRules::default();
+        rules.set_server(server.clone(), None, &["file:///secret/*".to_owned()]).unwrap();
+        let allows = |own: &str| {
+            let route = Route { server: server.clone(), own: own.into(), template: None, definition: None };
+            rules.allows_route(&route, own)
+        };
+        assert!(!allows("file:///%73ecret/x"));
+        assert!(!allows("file:///secret%2fx"));
+        assert!(allows("file:///open/100%"));
+        assert!(allows("file:///open/%zz%é"));
     }
 
     #[test]

@@ -20,6 +20,8 @@ use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
 };
 
+use tokio::sync::Semaphore;
+
 use super::sse::Events;
 use crate::{
     error::{Fault, UpstreamError},
@@ -53,7 +55,11 @@ pub(super) struct Wire {
     clients: [OnceLock<HttpClient>; LANES],
     /// How large one message may be.
     limit: usize,
+    /// For requests that end sessions: however many end at once, these are under way.
+    farewells: Semaphore,
 }
+
+const FAREWELLS: usize = 8;
 
 /// Shared by all upstreams: the certificates are the same.
 static CONNECTOR: LazyLock<HttpsConnector<HttpConnector>> = LazyLock::new(|| {
@@ -80,7 +86,12 @@ pub(super) enum Answer {
 
 impl Wire {
     pub(super) fn new(upstream: ServerName, limit: usize) -> Self {
-        Wire { upstream, clients: Default::default(), limit }
+        Wire { upstream, clients: Default::default(), limit, farewells: Semaphore::new(FAREWELLS) }
+    }
+
+    /// Turns for ending sessions.
+    pub(super) fn farewells(&self) -> &Semaphore {
+        &self.farewells
     }
 
     fn client(&self) -> &HttpClient {

@@ -341,8 +341,9 @@ impl Calls {
     /// Gives one incoming line to whom it concerns.
     pub(super) fn receive(self: &Arc<Self>, line: Bytes) {
         let size = line.len();
-        let message = match id_at_the_edge(&line) {
-            Some(id) => Message::parse_response(line, &RequestId::from(id)),
+        let edge = id_at_the_edge(&line).map(RequestId::from);
+        let message = match &edge {
+            Some(id) => Message::parse_response(line, id),
             None => Message::parse(line),
         };
         match message {
@@ -356,7 +357,8 @@ impl Calls {
             Ok(Message::Request { id, method, params }) => self.asked(id, method, params, size),
             Err(error) => {
                 tracing::debug!(upstream = %self.upstream, %error, size, "skipped a line that is not MCP");
-                if let Some(entry) = error.id.as_ref().and_then(|id| self.take(id)) {
+                // It is no answer, but its beginning says whose it was to be.
+                if let Some(entry) = error.id.or(edge).as_ref().and_then(|id| self.take(id)) {
                     let _ = entry.answer.send(Err(End::new(Fault::Garbled, error.message)));
                 }
             }

@@ -358,3 +358,58 @@ async fn a_connection_that_is_refused_in_mid_life() {
         house.remove("gone").await;
     }
 }
+
+// === larger than anything ===
+
+/// 256 MiB between an opening and an end that make it a good answer.
+fn huge(before: String, after: &'static str) -> Body {
+    let filling = Bytes::from(vec![b'x'; MIB]);
+    let filling = stream::repeat_with(move || filling.clone()).take(256);
+    body(
+        stream::iter([before.into()])
+            .chain(filling)
+            .chain(stream::iter([Bytes::from_static(after.as_bytes())])),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_of_256_mib() {
+    each("256 MiB", |sent| of_type(JSON, huge(opening(sent), r#""}]}}"#)), "bad_upstream").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_of_256_mib() {
+    let huge = |sent: &Sent| of_type(SSE, huge(format!("data: {}", opening(sent)), "\"}]}}\n\n"));
+    each("an event of 256 MiB", huge, "bad_upstream").await;
+}
+
+// === an envelope in good order around something else ===
+
+/// A result that is no JSON would make the whole answer none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_in_a_good_envelope() {
+    let wrong = |sent: &Sent| {
+        of_type(JSON, format!(r#"{{"jsonrpc":"2.0","id":{},"result":{{hunter2}}}}"#, sent.raw("id")))
+    };
+    each("garbage in an envelope", wrong, "bad_upstream").await;
+}
+
+/// What looks like a result has members of the envelope after it: another id, with which the answer would be one to
+/// another call of the same client.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_hidden_behind_the_result() {
+    let wrong = |sent: &Sent| {
+        let result = r#"{"content":[]},"id":4711,"x":{}"#;
+        of_type(JSON, format!(r#"{{"jsonrpc":"2.0","id":{},"result":{result}}}"#, sent.raw("id")))
+    };
+    each("a hidden id", wrong, "bad_upstream").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_hidden_behind_the_result() {
+    let wrong = |sent: &Sent| {
+        let result = r#"{"content":[]},"error":{"code":1,"message":"hunter2"}"#;
+        of_type(JSON, format!(r#"{{"jsonrpc":"2.0","id":{},"result":{result}}}"#, sent.raw("id")))
+    };
+    each("a hidden error", wrong, "bad_upstream").await;
+}

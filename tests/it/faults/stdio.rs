@@ -92,6 +92,17 @@ async fn garbage() {
     each("neither result nor error", r#"say "$id" '"hunter2":1'"#, "bad_upstream").await;
 }
 
+/// A line that is no message is no answer, and the call it was to answer need not wait for another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_in_a_good_envelope() {
+    each("garbage in an envelope", r#"say "$id" '"result":{hunter2}'"#, "bad_upstream").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_hidden_behind_the_result() {
+    each("a hidden id", r#"say "$id" '"result":{"content":[]},"id":4711,"x":{}'"#, "bad_upstream").await;
+}
+
 /// Junk has no id, so nobody knows whose answer it was to be.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_but_junk() {

@@ -23,6 +23,7 @@ use super::{Legacy, Modern, PATIENCE, Request};
 pub(crate) struct Gateway {
     pub(crate) address: SocketAddr,
     pub(crate) inner: gateway::Gateway,
+    rules: Arc<ArcSwap<AccessRules>>,
     shutdown: Option<oneshot::Sender<()>>,
     serving: JoinHandle<std::io::Result<()>>,
 }
@@ -52,6 +53,15 @@ impl Gateway {
     /// A legacy client that declares these capabilities.
     pub(crate) async fn legacy_with(&self, capabilities: Value) -> Legacy {
         Legacy::open(self.address, capabilities).await
+    }
+
+    /// Hides these from now on, and nothing else of that server.
+    pub(crate) fn deny(&self, server: &str, globs: &[&str]) {
+        let globs: Vec<String> = globs.iter().map(|glob| (*glob).to_owned()).collect();
+        let mut rules = AccessRules::clone(&self.rules.load());
+        rules.set_server(server.parse().expect("a name"), None, &globs).expect("good globs");
+        self.rules.store(Arc::new(rules));
+        self.inner.announce();
     }
 
     /// A POST with nothing but what every POST has.
@@ -159,7 +169,8 @@ impl Builder {
         if self.settled {
             gateway.settled(PATIENCE).await;
         }
-        let edge = self.stack.edge(gateway.clone(), Arc::new(ArcSwap::from_pointee(self.rules)));
+        let rules = Arc::new(ArcSwap::from_pointee(self.rules));
+        let edge = self.stack.edge(gateway.clone(), rules.clone());
         let door = McpHttp::with_options(edge, self.options);
         let router = mount(door).layer(MapRequestLayer::new(identify));
         let server = Server::bind(([127, 0, 0, 1], 0).into()).await.expect("a free port");
@@ -168,7 +179,7 @@ impl Builder {
         let address = server.local_addr().expect("it is bound");
         let (shutdown, ending) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.serve(router, async move { drop(ending.await) }));
-        Gateway { address, inner: gateway, shutdown: Some(shutdown), serving }
+        Gateway { address, inner: gateway, rules, shutdown: Some(shutdown), serving }
     }
 }
 

@@ -8,7 +8,7 @@ mod wire;
 
 use std::time::Duration;
 
-pub(crate) use client::{Legacy, META, Modern};
+pub(crate) use client::{Legacy, META, Modern, names};
 pub(crate) use fixture::Fixture;
 pub(crate) use gateway::Gateway;
 pub(crate) use upstream::{Probe, Script, Sent, Upstream, error, events, open_events, plain, result};

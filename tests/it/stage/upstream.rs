@@ -150,13 +150,14 @@ impl Drop for Upstream {
 pub(crate) struct Script {
     era: Era,
     lists: HashMap<&'static str, String>,
+    declared: Vec<String>,
     handlers: HashMap<&'static str, Handler>,
     wild: Option<Handler>,
 }
 
 impl Script {
     fn of(era: Era) -> Self {
-        Script { era, lists: HashMap::new(), handlers: HashMap::new(), wild: None }
+        Script { era, lists: HashMap::new(), declared: Vec::new(), handlers: HashMap::new(), wild: None }
     }
 
     /// Its tools, each as JSON text.
@@ -172,6 +173,12 @@ impl Script {
     /// A list: `tools`, `prompts`, `resources` or `resourceTemplates`.
     pub(crate) fn list(mut self, member: &'static str, items: &[&str]) -> Self {
         self.lists.insert(member, format!("[{}]", items.join(",")));
+        self
+    }
+
+    /// A capability beside those that its lists imply, as JSON text.
+    pub(crate) fn declares(mut self, name: &str, json: &str) -> Self {
+        self.declared.push(format!("\"{name}\":{json}"));
         self
     }
 
@@ -288,6 +295,7 @@ impl Script {
             "prompts/list" => "prompts",
             "resources/list" => "resources",
             "resources/templates/list" => "resourceTemplates",
+            "skills/list" => "skills",
             _ => return None,
         };
         let items = self.lists.get(member).map_or("[]", String::as_str);
@@ -298,11 +306,13 @@ impl Script {
         let mut offered: Vec<&str> = self
             .lists
             .keys()
+            .filter(|member| **member != "skills")
             .map(|member| if *member == "resourceTemplates" { "resources" } else { member })
             .collect();
         offered.sort_unstable();
         offered.dedup();
-        let offered: Vec<String> = offered.iter().map(|member| format!("\"{member}\":{{}}")).collect();
+        let offered = offered.iter().map(|member| format!("\"{member}\":{{}}"));
+        let offered: Vec<String> = offered.chain(self.declared.iter().cloned()).collect();
         format!("{{{}}}", offered.join(","))
     }
 }

@@ -330,6 +330,8 @@ impl Drop for Session {
         }
         let way = self.way.clone();
         runtime.spawn(async move {
+            // Many sessions may end at once, and each turn may need a connection of its own.
+            let _turn = way.wire.farewells().acquire().await;
             // A refusal is fine: many servers do not let clients end sessions.
             briefly(way.wire.send(HttpMethod::DELETE, &way.uri, way.headers.clone(), Bytes::new())).await;
         });
