@@ -111,7 +111,9 @@ impl Client {
         match &self.log_level {
             None => self.version.era() == Era::Legacy,
             // A level that nobody knows is worth a look.
-            Some(least) => severity(params.get("level")).is_none_or(|level| Some(level) >= severity(text(least))),
+            Some(least) => {
+                severity(params.get("level")).is_none_or(|level| Some(level) >= severity(text(least)))
+            }
         }
     }
 

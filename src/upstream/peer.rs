@@ -19,7 +19,7 @@
 //! let upstream = PeerUpstream::serve("empty".parse()?, Empty);
 //! let answer = upstream.oneshot(McpRequest::bare("server/discover".into())).await?;
 //! assert!(answer.payload().to_object().unwrap().get("capabilities").is_some());
-//! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+//! # Ok::<(), portcullis::BoxError>(()) }).unwrap();
 //! ```
 //!
 //! A foreign peer is rmcp's client, with rmcp's types in between. What that costs:

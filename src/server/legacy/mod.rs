@@ -323,10 +323,10 @@ async fn feed_frames(session: Weak<Session>, mut frames: FrameStream) {
     while let Some(Ok(frame)) = frames.next().await {
         let Some(session) = session.upgrade() else { return };
         match frame {
-            Frame::Notification(n) if n.method != Method::Acknowledged => {
-                session.push(message::notification(&n))
-            }
-            Frame::Notification(_) => {}
+            Frame::Notification(n) if n.method == Method::Acknowledged => {}
+            Frame::Notification(n)
+                if n.method == Method::LogMessage && !session.caller().client.wants_log(&n.params) => {}
+            Frame::Notification(n) => session.push(message::notification(&n)),
             Frame::Request(question) => session.push_question(question),
             Frame::Final(_) => return,
         }

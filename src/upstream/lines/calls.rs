@@ -265,16 +265,6 @@ impl Calls {
         }
     }
 
-    /// Sends a request whose answer nobody waits for: it will find no call.
-    pub(super) async fn tell(&self, method: &Method, params: &Params) -> Result<(), UpstreamError> {
-        let id = {
-            let mut state = self.lock();
-            state.next += 1;
-            state.next - 1
-        };
-        self.notify(crate::protocol::request_json(&RequestId::from(id), method, params)).await
-    }
-
     /// Answers the other side as soon as there is room.
     pub(super) async fn reply(&self, id: &RequestId, answer: Result<Bytes, RpcError>) {
         // Without a connection nobody waits for it.

@@ -16,10 +16,7 @@ mod reader;
 mod tests;
 mod wire;
 
-use std::{
-    any::Any,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -50,19 +47,22 @@ pub(crate) use self::place::Places;
 /// The longest line that is read unless somebody says otherwise.
 pub(crate) const MAX_LINE: usize = 16 * 1024 * 1024;
 
+/// How long a call waits for the level of logs to be set.
+const BRIEFLY: Duration = Duration::from_secs(5);
+
 /// A connection that is open.
 pub(crate) struct Lines {
     wire: Wire,
     opened: Opened,
     /// The level last set with `logging/setLevel`.
-    log_level: Mutex<Option<Bytes>>,
+    log_level: tokio::sync::Mutex<Option<Bytes>>,
     /// What lives exactly as long as the connection: the process, the task that serves the other end.
     _owned: Box<dyn Any + Send + Sync>,
 }
 
 impl Lines {
     pub(crate) fn new(wire: Wire, opened: Opened, owned: impl Any + Send + Sync) -> Self {
-        Lines { wire, opened, log_level: Mutex::default(), _owned: Box::new(owned) }
+        Lines { wire, opened, log_level: tokio::sync::Mutex::default(), _owned: Box::new(owned) }
     }
 
     /// Sends one request or notification, and waits for the first that comes back.
@@ -112,7 +112,8 @@ impl Lines {
     }
 
     /// Tells a legacy peer the level its one client wants, or the least severe that any of several wants: each gets no
-    /// more than it asked for, at its door. It goes out before the call, so it counts for the call.
+    /// more than it asked for, at its door. Many servers take several requests at once, so the call waits until this one
+    /// is taken, though not for ever.
     async fn follow_log_level(
         &self,
         request: &McpRequest,
@@ -121,18 +122,33 @@ impl Lines {
         let client = &request.caller().client;
         let Some(level) = &client.log_level else { return Ok(()) };
         let calls = self.wire.calls();
-        let current = || self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
+        if capabilities.get("logging").is_none() {
+            return Ok(());
+        }
+        let mut current = self.log_level.lock().await;
         let differs = match calls.whose() {
-            Some(Whose::One) => current().as_ref() != Some(level),
-            _ => client.wants_more_than(current().as_ref()),
+            Some(Whose::One) => current.as_ref() != Some(level),
+            _ => client.wants_more_than(current.as_ref()),
         };
-        if !differs || capabilities.get("logging").is_none() {
+        if !differs {
             return Ok(());
         }
         let mut params = Params::default();
         params.object_mut().set("level", translate::text(level));
-        calls.tell(&Method::SetLevel, &params).await?;
-        *current() = Some(level.clone());
+        let mut ticket = calls.register(None, Kind::Internal)?;
+        let answer = async {
+            ticket.send(&Method::SetLevel, &params).await;
+            ticket.answer().await
+        };
+        match tokio::time::timeout(BRIEFLY, answer).await {
+            Ok(Ok(Payload::Raw(_))) => {}
+            Ok(Err(error)) => return Err(error),
+            Ok(Ok(_)) | Err(_) => {
+                tracing::debug!(upstream = %calls.upstream(), "it did not take the log level");
+                ticket.forget();
+            }
+        }
+        *current = Some(level.clone());
         Ok(())
     }
 

@@ -18,6 +18,8 @@ pub(super) struct LineReader<R> {
 pub(super) enum Line {
     /// Without its line end. Never empty.
     Text(Bytes),
+    /// The last one, without a line end: it may have been cut short. Never empty.
+    Rest(Bytes),
     /// More than the limit, and maybe much more: the rest was not read.
     TooLong,
     End,
@@ -48,10 +50,9 @@ impl<R: AsyncRead + Unpin> LineReader<R> {
             }
             self.buffer.reserve(CHUNK);
             if self.read.read_buf(&mut self.buffer).await? == 0 {
-                // The last line may lack its end.
                 self.scanned = 0;
                 let line = trimmed(&self.buffer.split().freeze());
-                return Ok(if line.is_empty() { Line::End } else { Line::Text(line) });
+                return Ok(if line.is_empty() { Line::End } else { Line::Rest(line) });
             }
         }
     }
@@ -70,7 +71,9 @@ mod tests {
         let mut lines = Vec::new();
         loop {
             match reader.next().await.unwrap() {
-                Line::Text(line) => lines.push(String::from_utf8(line.to_vec()).unwrap()),
+                Line::Text(line) | Line::Rest(line) => {
+                    lines.push(String::from_utf8(line.to_vec()).unwrap());
+                }
                 Line::TooLong => {
                     lines.push("too long".to_owned());
                     return lines;

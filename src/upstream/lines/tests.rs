@@ -412,6 +412,22 @@ async fn a_flood_of_notifications_costs_neither_the_question_nor_the_result() {
 }
 
 #[tokio::test]
+async fn an_answer_cut_short_by_the_end_is_lost_and_a_whole_one_is_not() {
+    for (cut, whole) in [(0, true), (1, false), (10, false)] {
+        let (lines, mut peer) = modern().await;
+        let answer = call(&lines, echo(1));
+        let request = peer.expect("tools/call").await;
+        let line = format!(r#"{{"jsonrpc":"2.0","id":{},"result":{{"n":1}}}}"#, request["id"]);
+        peer.write.write_all(&line.as_bytes()[..line.len() - cut]).await.unwrap();
+        drop(peer);
+        match answer.await.unwrap() {
+            Ok(_) => assert!(whole, "{cut}"),
+            Err(error) => assert_eq!((error.fault, whole), (Fault::Lost, false), "{cut}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_answer_that_comes_twice_is_nobody_elses() {
     let (lines, mut peer) = modern().await;
     let answer = call(&lines, echo(1));

@@ -14,7 +14,10 @@ use super::{
     calls::{Calls, End, Outbox, Outgoing},
     reader::{Line, LineReader},
 };
-use crate::{error::Fault, protocol::ServerName};
+use crate::{
+    error::Fault,
+    protocol::{Message, ServerName},
+};
 
 /// How long to read on when the other side stops reading, or its process has ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -106,6 +109,9 @@ async fn read_all<R: AsyncRead + Unpin>(
     loop {
         match reader.next().await {
             Ok(Line::Text(line)) => calls.receive(line),
+            // Cut short, it is nobody's answer: how the other side ended says more.
+            Ok(Line::Rest(line)) if Message::parse(line.clone()).is_err() => {}
+            Ok(Line::Rest(line)) => calls.receive(line),
             Ok(Line::End) => return None,
             Ok(Line::TooLong) => {
                 return Some(End::new(

@@ -10,7 +10,7 @@
 //! use portcullis::{protocol::McpRequest, upstream::{StdioCommand, StdioUpstream}};
 //! use tower::ServiceExt as _;
 //!
-//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! # async fn run() -> Result<(), portcullis::BoxError> {
 //! let command = StdioCommand::new("npx").arg("-y").arg("@modelcontextprotocol/server-memory");
 //! let memory = StdioUpstream::new("memory".parse()?, command);
 //! let answer = memory.clone().oneshot(McpRequest::call_tool("read_graph", serde_json::json!({}))).await?;
