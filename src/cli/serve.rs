@@ -65,15 +65,17 @@ pub(super) async fn run(args: args::Serve, dir: DataDir) -> Result<()> {
         warn(format!("{listen} can be reached from other machines, and nobody is asked who they are"));
     }
     let app = App::start(registry, settings);
+    let (end_control, control_ends) = oneshot::channel::<()>();
     let control = socket.map(|socket| {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let info = Info { version, pid: process::id(), listen, keeps };
-        tokio::spawn(socket.serve(Desk::new(app.clone(), keeps), info))
+        let ended = async { drop(control_ends.await) };
+        tokio::spawn(socket.serve(Desk::new(app.clone(), keeps), info, ended))
     });
     let served = serve_doors(&app, doors, &args, sse, shutdown).await;
 
     if let Some(control) = control {
-        control.abort();
+        drop(end_control);
         // Its end takes the socket away.
         let _ = control.await;
     }

@@ -48,7 +48,7 @@ impl Memory {
         Memory { events: 256, bytes: 256 << 10, unread_bytes: 4 << 20, time: Duration::from_secs(5 * 60) };
 }
 
-/// All streams of one session, or the one of a connection.
+/// All streams of one session, or the one of a connection. Nobody is woken while the state is locked.
 pub(in crate::server) struct Streams {
     memory: Memory,
     state: Mutex<State>,
@@ -148,7 +148,7 @@ impl Streams {
         let track = state.last;
         state.tracks.insert(track, Track { first: 1, ..Track::default() });
         let outlet = Arc::new(Outlet { streams: self.clone(), track });
-        (outlet, self.attach(&mut state, track, primed))
+        (outlet, self.attach(state, track, primed))
     }
 
     /// Goes on with a stream behind the event that was received last. Whoever read it before is done.
@@ -162,22 +162,27 @@ impl Streams {
         // Everything after it must be there, and it must have been sent.
         let taken = id.number.checked_add(1).and_then(|next| next.checked_sub(track.first));
         let taken = taken.and_then(|taken| usize::try_from(taken).ok()).ok_or(Unresumable)?;
-        if id.number > track.given {
+        // Of a stream that is over something must be left: a client that got an empty one would come again and again.
+        let is_over = track.ended && taken >= track.events.len();
+        if id.number > track.given || is_over {
             return Err(Unresumable);
         }
         track.taken = taken;
         track.unread_bytes = track.events.iter().skip(taken).map(|event| event.size).sum();
-        Ok(self.attach(&mut state, id.track, false))
+        Ok(self.attach(state, id.track, false))
     }
 
-    fn attach(self: &Arc<Self>, state: &mut State, track: u64, primed: bool) -> Reader {
+    fn attach(self: &Arc<Self>, mut state: MutexGuard<'_, State>, track: u64, primed: bool) -> Reader {
         state.readers += 1;
         let number = state.readers;
-        if let Some(found) = state.tracks.get_mut(&track) {
+        let found = state.tracks.get_mut(&track);
+        let before = found.and_then(|found| {
             found.reader = Some(number);
-            // The one before finds out.
-            found.waker.take().inspect(Waker::wake_by_ref);
-        }
+            found.waker.take()
+        });
+        drop(state);
+        // The one before finds out.
+        before.inspect(Waker::wake_by_ref);
         Reader { streams: self.clone(), track, number, primed }
     }
 
@@ -319,7 +324,7 @@ impl Outlet {
 
     /// Takes a message now or not at all. With `asks`, only when somebody is there to read it.
     pub(in crate::server) fn offer(&self, message: Chunks, asks: bool) -> bool {
-        let mut state = self.streams.lock();
+        let state = self.streams.lock();
         let Some(track) = state.tracks.get(&self.track).filter(|track| !track.ended) else { return false };
         match track.reader {
             None if asks => return false,
@@ -328,19 +333,20 @@ impl Outlet {
             None if track.has_unsent(&message) => return true,
             _ => {}
         }
-        self.push(&mut state, self.event(message, None))
+        self.push(state, self.event(message, None))
     }
 
     /// Nothing is taken any more. What was taken is still read.
     pub(in crate::server) fn end(&self) {
         let mut state = self.streams.lock();
-        if let Some(track) = state.tracks.get_mut(&self.track) {
+        let reader = state.tracks.get_mut(&self.track).and_then(|track| {
             track.ended = true;
             track.blocked = false;
-            track.waker.take().inspect(Waker::wake_by_ref);
-        }
+            track.waker.take()
+        });
         state.tidy();
         drop(state);
+        reader.inspect(Waker::wake_by_ref);
         self.streams.room.notify_waiters();
     }
 
@@ -364,7 +370,7 @@ impl Outlet {
                 match full {
                     true if track.replace(&mut event, bytes) => return true,
                     true if track.reader.is_some() => track.blocked = true,
-                    _ => return event.take().is_some_and(|event| self.push(&mut state, event)),
+                    _ => return event.take().is_some_and(|event| self.push(state, event)),
                 }
             }
             room.await;
@@ -380,7 +386,7 @@ impl Outlet {
         Event { message, size, at: Instant::now(), progress }
     }
 
-    fn push(&self, state: &mut State, event: Event) -> bool {
+    fn push(&self, mut state: MutexGuard<'_, State>, event: Event) -> bool {
         let memory = self.streams.memory;
         let State { tracks, events, bytes, .. } = &mut *state;
         let Some(track) = tracks.get_mut(&self.track) else { return false };
@@ -391,10 +397,12 @@ impl Outlet {
         *bytes += event.size;
         track.unread_bytes += event.size;
         track.events.push_back(event);
-        track.waker.take().inspect(Waker::wake_by_ref);
+        let reader = track.waker.take();
         if memory != Memory::NONE {
             state.trim(memory);
         }
+        drop(state);
+        reader.inspect(Waker::wake_by_ref);
         true
     }
 }
@@ -453,8 +461,10 @@ impl Stream for Reader {
             track.forget_first(events, bytes);
         }
         let room = track.unread() <= UNREAD / 2 && track.unread_bytes <= UNREAD_BYTES / 2;
-        if track.blocked && room {
-            track.blocked = false;
+        let told = track.blocked && room;
+        track.blocked &= !told;
+        drop(state);
+        if told {
             streams.room.notify_waiters();
         }
         Poll::Ready(Some(sent))
@@ -470,9 +480,7 @@ impl Drop for Reader {
         };
         track.reader = None;
         track.waker = None;
-        if std::mem::take(&mut track.blocked) {
-            self.streams.room.notify_waiters();
-        }
+        let told = std::mem::take(&mut track.blocked);
         if memory == Memory::NONE {
             if let Some(track) = state.tracks.remove(&self.track) {
                 state.events -= track.events.len();
@@ -480,6 +488,10 @@ impl Drop for Reader {
             }
         } else {
             state.trim(memory);
+        }
+        drop(state);
+        if told {
+            self.streams.room.notify_waiters();
         }
     }
 }
@@ -538,8 +550,12 @@ mod tests {
         assert!(first.next().now_or_never().unwrap().is_none(), "one message on one stream");
         outlet.send(chunks("d")).await;
         drop(outlet);
-        assert_eq!(read(&mut second).len(), 2);
+        let rest = read(&mut second);
+        assert_eq!(rest.len(), 2);
         assert!(second.next().await.is_none());
+        drop(second);
+        assert!(streams.resume(&rest[0].0).is_ok(), "the last may have been lost on the way");
+        assert!(streams.resume(&rest[1].0).is_err(), "there is nothing left");
     }
 
     #[tokio::test(start_paused = true)]

@@ -368,6 +368,23 @@ async fn with_a_daemon_running_it_is_the_daemon_that_is_spoken_with() {
 }
 
 #[tokio::test]
+async fn a_daemon_that_ends_answers_its_stdio_clients_first() {
+    let fixture = Fixture::modern().await;
+    let home = Home::new();
+    home.ok(&["add", "fix", &fixture.url()]);
+    let daemon = home.serve(&[]);
+    let mut client = Program::start(&home, &[]);
+    client.modern(1, "tools/list", json!({})).await;
+    client.answer(1).await;
+    client.modern(2, "tools/call", json!({ "name": "fix_slow", "arguments": { "ms": 400 } })).await;
+    client.modern(3, "server/discover", json!({})).await;
+    client.answer(3).await;
+    assert_eq!(daemon.end("-TERM"), Some(0));
+    assert!(client.answer(2).await["result"].is_object());
+    assert_eq!(client.ended().await.1, Some(1));
+}
+
+#[tokio::test]
 async fn without_a_daemon_the_registry_stays_free_for_others() {
     let fixture = Fixture::modern().await;
     let home = Home::new();

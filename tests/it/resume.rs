@@ -164,6 +164,24 @@ async fn a_client_that_was_away_too_long_is_told_so() {
 }
 
 #[tokio::test]
+async fn a_stream_that_is_over_is_not_picked_up_for_nothing() {
+    let fixture = Fixture::legacy().await;
+    let gateway = Gateway::with([("fix", fixture.url())]).start().await;
+    let client = gateway.legacy_with(json!({ "elicitation": {} })).await;
+    let params = json!({ "name": "fix_test_elicitation", "arguments": { "message": "Who?" } });
+    let mut call = client.request_with_id(json!("c"), "tools/call", params).open().await;
+    let (primed, _) = next(&mut call).await;
+    let (asked, _) = next(&mut call).await;
+    client.notify("notifications/cancelled", json!({ "requestId": "c" })).await;
+    assert_eq!(call.event().await, None);
+    // A client that was sent an empty stream would come again and again.
+    assert_eq!(resume(&client, &asked).send().await.refusal(), (400, -32600));
+    let mut rest = resume(&client, &primed).open().await;
+    assert_eq!(next(&mut rest).await.0, asked);
+    assert_eq!(rest.event().await, None);
+}
+
+#[tokio::test]
 async fn what_happened_while_a_client_was_away_waits_in_little_room() {
     let fixture = Fixture::legacy().await;
     let gateway = Gateway::with([("fix", fixture.url())]).start().await;

@@ -8,6 +8,7 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    pin::pin,
     time::Duration,
 };
 
@@ -23,7 +24,11 @@ use http::{StatusCode, header};
 use hyper::{server::conn::http1, upgrade::OnUpgrade};
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::{net::UnixListener, sync::watch, task::JoinSet};
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 
 use super::{
     Control, Desk, Info,
@@ -97,11 +102,12 @@ impl Socket {
         Ok(Socket { listener, path, _lock: lock })
     }
 
-    /// Answers until it is dropped, which ends what is under way.
-    pub(in crate::cli) async fn serve(self, desk: Desk, info: Info) {
-        // Dropped with this, it ends the lines, each in good order.
-        let (_lines, ending) = watch::channel(());
-        let router = router(desk, info, ending);
+    /// Answers until `ended`. Commands under way are then cut off; clients on lines have their grace.
+    pub(in crate::cli) async fn serve(self, desk: Desk, info: Info, ended: impl Future<Output = ()>) {
+        let (lines, serving) = watch::channel(());
+        let (open, mut all_closed) = mpsc::channel(1);
+        let router = router(desk, info, Lines { serving, open });
+        let mut ended = pin!(ended);
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -118,8 +124,12 @@ impl Socket {
                     }
                 },
                 Some(_) = connections.join_next() => {}
+                () = &mut ended => break,
             }
         }
+        // Who waits for a line that ended waits for nothing; the others have begun to end.
+        drop((lines, router, connections));
+        let _: Result<Option<()>, _> = tokio::time::timeout(LINES_GRACE, all_closed.recv()).await;
     }
 }
 
@@ -133,15 +143,18 @@ impl Drop for Socket {
 /// What `sun_path` holds, without the NUL at its end.
 const LONGEST_PATH: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 
+/// A little more than a line takes to end.
+const LINES_GRACE: Duration = Duration::from_secs(8);
+
 // === the API ===
 
 /// More than any call's arguments; it is the owner's own memory.
 const LARGEST_BODY: usize = 64 * 1024 * 1024;
 
-fn router(desk: Desk, info: Info, ending: watch::Receiver<()>) -> Router {
+fn router(desk: Desk, info: Info, lines: Lines) -> Router {
     let served = desk.clone();
     Router::new()
-        .route("/line", get(move |request| std::future::ready(line(&served, request, ending.clone()))))
+        .route("/line", get(move |request| std::future::ready(line(&served, request, lines.clone()))))
         .route("/info", get(move || std::future::ready(Json(info.clone()))))
         .route("/servers", get(servers).post(edit))
         .route("/servers/{name}/refresh", post(refresh))
@@ -151,18 +164,27 @@ fn router(desk: Desk, info: Info, ending: watch::Receiver<()>) -> Router {
         .with_state(desk)
 }
 
+/// What every line holds as long as it is open.
+#[derive(Clone)]
+struct Lines {
+    /// Gone when the socket's end has begun.
+    serving: watch::Receiver<()>,
+    open: mpsc::Sender<()>,
+}
+
 /// A client on somebody's stdin and stdout, passed on byte for byte.
-fn line(desk: &Desk, mut request: Request, mut ending: watch::Receiver<()>) -> Response {
+fn line(desk: &Desk, mut request: Request, lines: Lines) -> Response {
     let asked = request.headers().get(header::UPGRADE).is_some_and(|value| value == LINE);
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>().filter(|_| asked) else {
         return refuse(StatusCode::UPGRADE_REQUIRED, format!("this is a line for `{LINE}`"));
     };
     let door = McpStdio::new(desk.service());
     tokio::spawn(async move {
+        let Lines { mut serving, open: _open } = lines;
         let Ok(line) = upgrade.await else { return };
         let (input, output) = tokio::io::split(TokioIo::new(line));
         // Nothing is ever sent: it ends when the socket does.
-        let ended = async move { while ending.changed().await.is_ok() {} };
+        let ended = async { while serving.changed().await.is_ok() {} };
         if let Err(error) = door.serve(input, output, ended).await {
             tracing::debug!(%error, "a line broke");
         }

@@ -70,8 +70,10 @@ pub(super) fn open_stream<S: McpService>(
             Refused::new(StatusCode::BAD_REQUEST, code::INVALID_REQUEST, why)
         })?,
         None => {
+            // First the stream, so that nothing comes before there is one.
+            let reader = session.open_outbox(is_primed(&session));
             legacy::listen(service, &session);
-            session.open_outbox(is_primed(&session))
+            reader
         }
     };
     Ok(events(Events::Numbered(Box::pin(reader.take_until(drained(head.draining))))))
