@@ -13,7 +13,7 @@ use tokio::{
 use super::*;
 use crate::{
     error::{Fault, InvalidParams},
-    identity::{Caller, Client, Principal, SessionToken},
+    identity::{Affinity, Caller, Client, Principal, SessionToken},
     protocol::{Era, Notification, Params, RequestId, ServerRequest, Unsolicited, code, meta},
 };
 
