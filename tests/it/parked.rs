@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use crate::stage::{
-    Answer, Fixture, Gateway, Modern, Probe, Script, Sent, Upstream, eventually, open_events, plain,
+    Answer, Fixture, Gateway, Modern, Probe, Script, Sent, Upstream, events, eventually, open_events, plain,
+    result,
 };
 
 /// The answers that a quiz waits for, by the question's id.
@@ -237,4 +238,81 @@ async fn a_client_that_cannot_be_asked_is_not() {
     let answer = gateway.modern().ask("tools/call", params("up_quiz", 1)).await;
     assert_eq!(outcome(&answer)["answers"][0]["code"], -32021, "{answer}");
     eventually("nothing waits", async || upstream.seen_of("tools/call").len() == 1).await;
+}
+
+/// A legacy upstream that says everything a call causes on the stream that belongs to no request, as many do.
+fn aside() -> Script {
+    // Each session has a stream of its own.
+    let streams = Arc::new(Mutex::new(HashMap::<String, tokio::sync::mpsc::UnboundedSender<String>>::new()));
+    let opened = streams.clone();
+    let session = |sent: &Sent| sent.header("mcp-session-id").expect("a session").to_owned();
+    let (answer, answered) = tokio::sync::mpsc::unbounded_channel::<Value>();
+    let answered = Arc::new(tokio::sync::Mutex::new(answered));
+    Upstream::legacy()
+        .tool("t")
+        .declares("logging", "{}")
+        .on("logging/setLevel", |sent| async move { result(&sent, "{}") })
+        .on("GET", move |sent| {
+            let (stray, strays) = tokio::sync::mpsc::unbounded_channel();
+            opened.lock().expect("no panic").insert(session(&sent), stray);
+            let messages =
+                stream::unfold(strays, |mut strays| async { Some((strays.recv().await?, strays)) });
+            async { open_events(messages) }
+        })
+        .on("tools/call", move |sent| {
+            let stray = streams.lock().expect("no panic")[&session(&sent)].clone();
+            for level in ["debug", "info", "error"] {
+                let params = json!({ "level": level, "data": level });
+                let log = json!({ "jsonrpc": "2.0", "method": "notifications/message", "params": params });
+                stray.send(log.to_string()).expect("somebody listens");
+            }
+            let params = json!({ "message": "Which?", "requestedSchema": {} });
+            let question =
+                json!({ "jsonrpc": "2.0", "id": "aside", "method": "elicitation/create", "params": params });
+            stray.send(question.to_string()).expect("somebody listens");
+            let answered = answered.clone();
+            async move {
+                let said = answered.lock().await.recv().await.expect("an answer");
+                let text = said.to_string();
+                result(&sent, &json!({ "content": [{ "type": "text", "text": text }] }).to_string())
+            }
+        })
+        .on("", move |sent| {
+            let said: Value = serde_json::from_slice(&sent.body).expect("JSON");
+            let _ = answer.send(said);
+            async { plain(202, "") }
+        })
+}
+
+#[tokio::test]
+async fn what_is_said_aside_in_the_middle_of_the_only_call_belongs_to_it() {
+    let upstream = aside().start().await;
+    let gateway = Gateway::with([("up", upstream.url())]).start().await;
+    let client = asking(&gateway);
+    let mut call = params("up_t", 1);
+    call["_meta"] = json!({ "io.modelcontextprotocol/logLevel": "info" });
+    let answer = client.ask("tools/call", call).await;
+    let said: Vec<Value> =
+        answer.messages().iter().map(|m| serde_json::from_slice(m).expect("JSON")).collect();
+    let levels: Vec<&Value> = said.iter().map(|m| &m["params"]["level"]).filter(|l| l.is_string()).collect();
+    assert_eq!(levels, ["info", "error"], "no less than was asked for, and no more: {answer}");
+    let (message, state) = question(&answer);
+    assert_eq!(message, "[up] Which?");
+    let answer = client.ask("tools/call", retry("up_t", 1, &state, json!({ "a": 1 }))).await;
+    assert_eq!(outcome(&answer)["result"]["content"], json!({ "a": 1 }), "{answer}");
+}
+
+#[tokio::test]
+async fn who_did_not_ask_for_logs_gets_none() {
+    let script = Upstream::legacy().tool("t").on("tools/call", |sent| {
+        let log = r#"{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"error","data":1}}"#;
+        let messages = [log.to_owned(), told(&sent, &[])];
+        async { events(messages) }
+    });
+    let upstream = script.start().await;
+    let gateway = Gateway::with([("up", upstream.url())]).start().await;
+    let answer = gateway.modern().ask("tools/call", params("up_t", 1)).await;
+    assert_eq!(answer.messages().len(), 1, "{answer}");
+    let answer = gateway.legacy().await.call("up_t", json!({})).await;
+    assert_eq!(answer.messages().len(), 2, "a legacy client leaves that to the server: {answer}");
 }

@@ -124,7 +124,7 @@ async fn whatever_goes_wrong_is_one_clear_sentence() {
 async fn a_stream_cut_after_some_of_it_ends_with_an_error() {
     for script in [Upstream::modern(), Upstream::legacy()] {
         let script = script.tool("t").on("tools/call", |_| async {
-            events([r#"{"jsonrpc":"2.0","method":"notifications/message","params":{}}"#.to_owned()])
+            events([r#"{"jsonrpc":"2.0","method":"notifications/vendor","params":{}}"#.to_owned()])
         });
         let house = House::with(script).await;
         let (modern, legacy) = (house.gateway.modern(), house.gateway.legacy().await);

@@ -338,7 +338,7 @@ async fn a_client_that_begins_to_listen_is_asked_in_the_session_it_has() {
     let gateway = Gateway::with([("up", upstream.url())]).start().await;
     let caller = client(ABLE);
     call(&gateway, &caller).await;
-    assert_eq!(*opened.lock().expect("no panic"), 0, "nobody listens yet");
+    assert_eq!(*opened.lock().expect("no panic"), 1, "a call of who can be asked has an ear for it");
     let mut stream = open(&gateway, &caller).await;
     say.send(asks("r", "roots/list", &json!({}))).expect("the script is there");
     question(&mut stream).await.reply.send(Payload::Raw("{}".into()));

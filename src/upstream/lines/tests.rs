@@ -905,20 +905,20 @@ async fn nothing_is_left_of_a_connection_that_ends_with_open_questions() {
 }
 
 #[tokio::test]
-async fn the_level_of_the_one_client_is_followed_and_that_of_several_is_not() {
+async fn the_level_of_the_one_client_is_followed_and_of_several_the_least_severe() {
     const LOGS: &str = r#"{"protocolVersion":"2025-06-18","capabilities":{"logging":{}}}"#;
-    for (caller, followed) in [(legacy_client().0, true), (modern_client(), false)] {
+    for (caller, one) in [(legacy_client().0, true), (modern_client(), false)] {
         let (opening, mut peer) = probing_for(Some(Era::Legacy), Arc::new(Owner::of(&caller)));
         let initialize = peer.expect("initialize").await;
         peer.answer(&initialize, LOGS).await;
         let Ok(Ok((wire, opened))) = opening.await else { panic!("it opens") };
         peer.expect("notifications/initialized").await;
         let lines = Arc::new(Lines::new(wire, opened, ()));
-        for (level, told) in [("info", true), ("info", false), ("error", true)] {
+        for (level, told) in [("info", true), ("info", false), ("error", one), ("debug", true)] {
             let mut caller = (*caller).clone();
             caller.client.log_level = Some(json!(level).to_string().into());
             let _answer = call(&lines, echo(1).with_caller(Arc::new(caller)));
-            if followed && told {
+            if told {
                 let set = peer.expect("logging/setLevel").await;
                 assert_eq!(set["params"], json!({ "level": level }));
                 peer.answer(&set, "{}").await;

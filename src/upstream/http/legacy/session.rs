@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,11 +20,12 @@ use tokio::{
 };
 
 use super::{
-    Refusal, briefly, client_of, is_about_us, questions::MOST_QUESTIONS, reader::Reader, stray::Stray,
+    Refusal, briefly, client_of, is_about_us, overhear::UnderWay, questions::MOST_QUESTIONS, reader::Reader,
+    stray::Stray,
 };
 use crate::{
     error::{Fault, UpstreamError},
-    identity::{Affinity, Caller},
+    identity::{Abilities, Affinity, Caller},
     protocol::{McpRequest, McpResponse, Message, Method, Params, Payload, RawObject, RequestId},
     upstream::{
         http::{
@@ -40,6 +42,9 @@ use crate::{
 /// What servers say of a session they do not know, other than by the status.
 const NO_SESSION: [i64; 2] = [-32000, -32001];
 
+/// A server that does not say in this time whether it opens the stream for unsolicited messages is not waited for.
+const OPEN_WITHIN: Duration = Duration::from_secs(2);
+
 /// One session.
 pub(super) struct Session {
     pub(super) way: Arc<Way>,
@@ -48,6 +53,9 @@ pub(super) struct Session {
     expired: AtomicBool,
     pub(super) stray: Arc<Stray>,
     pub(super) listening: AtomicBool,
+    /// Becomes true when the server has opened the stream for unsolicited messages, or has said that it will not.
+    pub(super) stream_settled: watch::Sender<bool>,
+    pub(super) under_way: Arc<UnderWay>,
     /// The level last set with `logging/setLevel`.
     log_level: Mutex<Option<Bytes>>,
     /// How many streams want updates of a resource.
@@ -164,6 +172,8 @@ impl Session {
             expired: AtomicBool::new(false),
             stray,
             listening: AtomicBool::new(false),
+            stream_settled: watch::Sender::new(false),
+            under_way: Arc::default(),
             log_level: Mutex::default(),
             subscribed: Mutex::default(),
             questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
@@ -181,12 +191,36 @@ impl Session {
     pub(super) async fn request(
         self: &Arc<Self>,
         request: &McpRequest,
-        mut params: Params,
+        params: Params,
     ) -> Result<McpResponse, Refusal> {
         if self.stray.is_heard() {
             self.start_listening();
         }
         self.follow_log_level(request).await;
+        let client = &request.caller().client;
+        let shared = matches!(request.caller().affinity, Affinity::Shared);
+        match client.abilities() != Abilities::default() || (shared && client.log_level.is_some()) {
+            true => self.request_overhearing(request, params).await,
+            false => {
+                let entered = self.under_way.enter();
+                let response = self.request_plainly(request, params).await?;
+                Ok(match response.payload() {
+                    Payload::Stream(_) => response.map_final(move |payload| {
+                        let _until_the_end = &entered;
+                        payload
+                    }),
+                    _ => response,
+                })
+            }
+        }
+    }
+
+    /// The same, without an ear for anything else.
+    pub(super) async fn request_plainly(
+        self: &Arc<Self>,
+        request: &McpRequest,
+        mut params: Params,
+    ) -> Result<McpResponse, Refusal> {
         let id = self.next_id();
         // Several clients may share the session; each must get its own progress.
         let token = params.progress_token();
@@ -281,6 +315,14 @@ impl Session {
         }
     }
 
+    /// Waits until the stream for unsolicited messages is open, or will not be.
+    pub(super) async fn stream_is_settled(&self) {
+        let mut settled = self.stream_settled.subscribe();
+        if tokio::time::timeout(OPEN_WITHIN, settled.wait_for(|settled| *settled)).await.is_err() {
+            self.stream_settled.send_replace(true);
+        }
+    }
+
     /// Nobody uses it any more, and whoever listened finds out.
     pub(super) fn expire(&self) {
         self.expired.store(true, Ordering::Relaxed);
@@ -296,16 +338,19 @@ impl Session {
         }
     }
 
-    /// Tells the server the level its one client wants. A shared session has many, and then nobody decides.
+    /// Tells the server the level its one client wants, or the least severe that any of several wants: each gets no
+    /// more than it asked for, at its door.
     async fn follow_log_level(&self, request: &McpRequest) {
         let caller = request.caller();
-        let (Affinity::Session(_), Some(level)) = (&caller.affinity, &caller.client.log_level) else {
-            return;
-        };
+        let Some(level) = &caller.client.log_level else { return };
         let logs = self.initialized.get_object("capabilities").is_some_and(|c| c.get("logging").is_some());
         {
             let mut current = self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
-            if !logs || current.as_ref() == Some(level) {
+            let differs = match caller.affinity {
+                Affinity::Session(_) => current.as_ref() != Some(level),
+                Affinity::Shared => caller.client.wants_more_than(current.as_ref()),
+            };
+            if !logs || !differs {
                 return;
             }
             *current = Some(level.clone());

@@ -58,6 +58,12 @@ impl Stray {
         let _ = self.notifications.send(notification);
     }
 
+    /// Whether the one client whose sessions these are has a stream for it.
+    fn has_client(&self) -> bool {
+        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        client.as_ref().is_some_and(|client| !client.is_closed())
+    }
+
     /// Asks the client; nobody can be asked when it does not listen, or does not keep up.
     fn ask(&self, question: ServerRequest) {
         let client = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -165,14 +171,28 @@ impl Session {
         matches!(self.ask(method, &params).await, Some(Payload::Raw(_)))
     }
 
+    /// The call that a stray message goes to, where its client has no stream for such.
+    fn overhearing(&self) -> Option<mpsc::Sender<Frame>> {
+        if self.stray.has_client() { None } else { self.under_way.whose() }
+    }
+
     /// A message that belongs to no request of ours.
     async fn take_stray(self: &Arc<Self>, data: Bytes) {
         match Message::parse(data) {
-            Ok(Message::Notification { method, params }) => self.stray.tell(Notification { method, params }),
+            Ok(Message::Notification { method, params }) => {
+                let notification = Notification { method, params };
+                match self.overhearing().filter(|_| notification.method == Method::LogMessage) {
+                    Some(call) => drop(call.try_send(Frame::Notification(notification))),
+                    None => self.stray.tell(notification),
+                }
+            }
             Ok(Message::Request { id, method: Method::Ping, .. }) => self.pong(&id).await,
             Ok(Message::Request { id, method, params }) => {
-                if let Some(question) = self.question(id, method, params).await {
-                    self.stray.ask(question);
+                let Some(question) = self.question(id, method, params).await else { return };
+                match self.overhearing() {
+                    // A call that does not take it has refused it.
+                    Some(call) => drop(call.try_send(Frame::Request(question))),
+                    None => self.stray.ask(question),
                 }
             }
             Ok(Message::Response { .. }) | Err(_) => {}
@@ -187,7 +207,11 @@ async fn keep_listening(session: Weak<Session>) {
     let Some(way) = session.upgrade().map(|session| session.way.clone()) else { return };
     let (mut cursor, mut was_open, mut failures) = (Cursor::default(), false, 0);
     loop {
-        match way.open_stream(cursor.clone()).await {
+        let opened = way.open_stream(cursor.clone()).await;
+        if let Some(session) = session.upgrade() {
+            session.stream_settled.send_replace(true);
+        }
+        match opened {
             Ok(mut events) => {
                 (was_open, failures) = (true, 0);
                 let end = loop {

@@ -1,0 +1,172 @@
+//! What comes on the session's own stream in the middle of a call, and may belong to it.
+//!
+//! Servers in the field send what a call causes, logs and questions, on the stream that belongs to no request. Where
+//! the client whose session it is has a stream of its own, it goes there. Otherwise it can only be told when there is
+//! no doubt: on a session of one client any of its calls leads to that client, on a shared one only the only call
+//! under way does.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::{StreamExt as _, future::BoxFuture, stream};
+use tokio::sync::mpsc;
+
+use super::{Refusal, session::Session};
+use crate::{
+    BoxError,
+    identity::Affinity,
+    protocol::{Frame, FrameStream, McpRequest, McpResponse, Params, Payload},
+};
+
+/// What waits for a call to be read; more is lost, and a question refused.
+const UNREAD: usize = 16;
+
+/// The calls of a session that are under way.
+#[derive(Default)]
+pub(super) struct UnderWay(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// Those that overhear nothing among them.
+    all: usize,
+    /// The newest last.
+    overhearing: Vec<(u64, bool, mpsc::Sender<Frame>)>,
+    next: u64,
+}
+
+impl UnderWay {
+    /// A call has begun. It is over when what is returned is dropped.
+    pub(super) fn enter(self: &Arc<Self>) -> Entered {
+        self.lock().all += 1;
+        Entered { under_way: self.clone(), number: None }
+    }
+
+    /// The call that a stray frame can only belong to, or only lead to the right client through.
+    pub(super) fn whose(&self) -> Option<mpsc::Sender<Frame>> {
+        let state = self.lock();
+        let (_, own, call) = state.overhearing.last()?;
+        (*own || state.all == 1).then(|| call.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One call under way.
+pub(super) struct Entered {
+    under_way: Arc<UnderWay>,
+    number: Option<u64>,
+}
+
+impl Entered {
+    fn overhear(&mut self, own: bool) -> mpsc::Receiver<Frame> {
+        let (sender, receiver) = mpsc::channel(UNREAD);
+        let mut state = self.under_way.lock();
+        state.next += 1;
+        let number = state.next;
+        state.overhearing.push((number, own, sender));
+        self.number = Some(number);
+        receiver
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut state = self.under_way.lock();
+        state.all -= 1;
+        if let Some(number) = self.number {
+            state.overhearing.retain(|(n, ..)| *n != number);
+        }
+    }
+}
+
+impl Session {
+    /// Sends a request whose client may be asked, or wants logs, with an ear for what comes on the session's own
+    /// stream meanwhile. That stream is open before the request goes out: a server does not ask twice.
+    pub(super) async fn request_overhearing(
+        self: &Arc<Self>,
+        request: &McpRequest,
+        params: Params,
+    ) -> Result<McpResponse, Refusal> {
+        self.start_listening();
+        self.stream_is_settled().await;
+        let mut entered = self.under_way.enter();
+        let mut strays = entered.overhear(matches!(request.caller().affinity, Affinity::Session(_)));
+        let (session, request) = (self.clone(), request.clone());
+        let mut answer: BoxFuture<'static, Result<McpResponse, Refusal>> =
+            Box::pin(async move { session.request_plainly(&request, params).await });
+        tokio::select! {
+            biased;
+            Some(first) = strays.recv() => {
+                let rest = Overheard { strays, answer: Answer::Coming(answer), _entered: entered };
+                let frames = stream::iter([Ok(first)]).chain(rest.into_frames());
+                Ok(McpResponse::new(Payload::Stream(Box::pin(frames))))
+            }
+            answered = &mut answer => {
+                let (payload, extensions) = answered?.into_parts();
+                let payload = match payload {
+                    Payload::Stream(frames) => {
+                        let rest = Overheard { strays, answer: Answer::Frames(frames), _entered: entered };
+                        Payload::Stream(Box::pin(rest.into_frames()))
+                    }
+                    payload => payload,
+                };
+                Ok(McpResponse::from_parts(payload, extensions))
+            }
+        }
+    }
+}
+
+/// A call, and what is overheard while it is under way.
+struct Overheard {
+    strays: mpsc::Receiver<Frame>,
+    answer: Answer,
+    _entered: Entered,
+}
+
+enum Answer {
+    Coming(BoxFuture<'static, Result<McpResponse, Refusal>>),
+    Frames(FrameStream),
+}
+
+impl Overheard {
+    fn into_frames(self) -> impl futures_core::Stream<Item = Result<Frame, BoxError>> + Send {
+        stream::unfold(Some(self), |overheard| async {
+            let mut overheard = overheard?;
+            let frame = overheard.next().await?;
+            let more = matches!(frame, Ok(Frame::Notification(_) | Frame::Request(_)));
+            Some((frame, more.then_some(overheard)))
+        })
+    }
+
+    async fn next(&mut self) -> Option<Result<Frame, BoxError>> {
+        loop {
+            let Overheard { strays, answer, .. } = self;
+            let frames = match answer {
+                Answer::Coming(coming) => tokio::select! {
+                    biased;
+                    Some(frame) = strays.recv() => return Some(Ok(frame)),
+                    answered = coming => match answered.map(McpResponse::into_payload) {
+                        Ok(Payload::Stream(frames)) => frames,
+                        Ok(payload) => return Some(Ok(Frame::Final(payload))),
+                        Err(refusal) => return Some(Err(self.failed(refusal))),
+                    },
+                },
+                Answer::Frames(frames) => tokio::select! {
+                    biased;
+                    Some(frame) = strays.recv() => return Some(Ok(frame)),
+                    frame = frames.next() => return frame,
+                },
+            };
+            self.answer = Answer::Frames(frames);
+        }
+    }
+
+    /// A request whose call has spoken already cannot go out once more.
+    fn failed(&self, refusal: Refusal) -> BoxError {
+        match refusal {
+            Refusal::Failed(error) => error.into(),
+            Refusal::Expired => "the session ended in the middle of a call".into(),
+        }
+    }
+}
