@@ -179,7 +179,8 @@ impl<S: McpService> Conversation<S> {
 /// What is done at a URL has an id in this era. Nobody tells when it is over, so any will do.
 fn identify(method: &Method, params: &mut Params) {
     let by_url = *method == Method::Elicit && params.get_string("mode").as_deref() == Some("url");
-    if by_url && params.get("elicitationId").is_none() {
+    // Some servers of the modern era, which has none, send an empty one.
+    if by_url && params.get_string("elicitationId").is_none_or(|id| id.is_empty()) {
         params.object_mut().set("elicitationId", json!(*new_id()).to_string());
     }
 }

@@ -181,6 +181,12 @@ impl Calls {
         self.lock().questions.belong_to(owner);
     }
 
+    /// Whether no cancelled call may still have something to say.
+    #[cfg(feature = "client")]
+    pub(super) fn is_quiet(&self) -> bool {
+        !self.lock().questions.is_haunted()
+    }
+
     /// Whose the connection is, if anybody may be asked there.
     pub(super) fn whose(&self) -> Option<Whose> {
         self.lock().questions.owner().map(|owner| owner.whose())

@@ -88,6 +88,12 @@ impl Lines {
         }
     }
 
+    /// Whether no cancelled call may still have something to say.
+    #[cfg(feature = "client")]
+    fn is_quiet(&self) -> bool {
+        self.wire.calls().is_quiet()
+    }
+
     async fn forward(
         self: Arc<Self>,
         request: McpRequest,

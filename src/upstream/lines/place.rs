@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 #[cfg(feature = "client")]
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 #[cfg(feature = "client")]
 use tokio::runtime::Handle;
@@ -16,7 +19,12 @@ use crate::{
     upstream::link::Link,
 };
 #[cfg(feature = "client")]
-use crate::{error::Overloaded, upstream::slots::Slots};
+use crate::{
+    error::Overloaded,
+    identity::{Abilities, Affinity, Caller},
+    protocol::Method,
+    upstream::slots::Slots,
+};
 
 /// At most one connection, and whose it is.
 pub(crate) struct Place {
@@ -24,17 +32,27 @@ pub(crate) struct Place {
     owner: Arc<Owner>,
     /// Dropped with the place.
     wanted: watch::Sender<()>,
+    /// One more than calls under way.
+    #[cfg(feature = "client")]
+    taken: Arc<()>,
 }
 
 impl Place {
     /// Of a connection that is opened on behalf of `owner`.
     pub(crate) fn new(upstream: &ServerName, owner: Arc<Owner>) -> Self {
-        Place { link: Link::new(upstream.clone()), owner, wanted: watch::Sender::new(()) }
+        Place {
+            link: Link::new(upstream.clone()),
+            owner,
+            wanted: watch::Sender::new(()),
+            #[cfg(feature = "client")]
+            taken: Arc::default(),
+        }
     }
 
     #[cfg(feature = "client")]
     fn within(upstream: &ServerName, owner: Arc<Owner>, limit: Duration) -> Self {
-        Place { link: Link::within(upstream.clone(), limit), owner, wanted: watch::Sender::new(()) }
+        let link = Link::within(upstream.clone(), limit);
+        Place { link, owner, wanted: watch::Sender::new(()), taken: Arc::default() }
     }
 
     /// Answers over the connection, which `connect` makes when there is none and the request is worth it.
@@ -88,6 +106,64 @@ fn is_told(request: &McpRequest) -> bool {
     request.id().is_none() && request.method().is_notification()
 }
 
+/// The places of one client session, which has one, or of those who share.
+///
+/// Nothing on a connection says which call a question or a log message belongs to. So among clients that share, a call
+/// that may cause some gets a connection that is its own for as long as it is under way, if there is one to have.
+#[cfg(feature = "client")]
+#[derive(Default)]
+struct Crowd(Mutex<Vec<Arc<Place>>>);
+
+/// Connections of those who share; more calls at once than this have to share them, too, and then their questions are
+/// refused.
+#[cfg(feature = "client")]
+const MOST_SHARED: usize = 8;
+
+#[cfg(feature = "client")]
+impl Crowd {
+    /// A place for one call, and that it is taken.
+    fn place(&self, alone: bool, make: impl FnOnce() -> Place) -> (Arc<Place>, Taken) {
+        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = places.iter().find(|place| !alone || place.is_free());
+        let place = match free {
+            Some(place) => place.clone(),
+            None if places.is_empty() || (alone && places.len() < MOST_SHARED) => {
+                let place = Arc::new(make());
+                places.push(place.clone());
+                place
+            }
+            None => places.iter().min_by_key(|place| place.taken()).expect("there are some").clone(),
+        };
+        let taken = Taken(place.taken.clone());
+        (place, taken)
+    }
+}
+
+/// A call under way at a place.
+#[cfg(feature = "client")]
+struct Taken(#[allow(dead_code)] Arc<()>);
+
+#[cfg(feature = "client")]
+impl Place {
+    /// How many calls are under way.
+    fn taken(&self) -> usize {
+        Arc::strong_count(&self.taken) - 1
+    }
+
+    /// Whether what is said there can only be about a call that begins now.
+    fn is_free(&self) -> bool {
+        self.taken() == 0 && self.link.current().is_none_or(|lines| lines.is_quiet())
+    }
+}
+
+/// Whether a call may cause what only its being alone can attribute.
+#[cfg(feature = "client")]
+fn wants_to_be_alone(request: &McpRequest) -> bool {
+    let Caller { affinity, client, .. } = &**request.caller();
+    let may_cause = client.log_level.is_some() || client.abilities() != Abilities::default();
+    matches!(affinity, Affinity::Shared) && *request.method() != Method::Listen && may_cause
+}
+
 /// A place for each client session, or for those who share one.
 #[cfg(feature = "client")]
 pub(crate) struct Places {
@@ -96,7 +172,7 @@ pub(crate) struct Places {
     most: usize,
     /// The owners of places, and of those that are not needed yet: whoever only listens needs none.
     owners: Slots<Owner>,
-    places: Slots<Place>,
+    places: Slots<Crowd>,
     /// Where connections live, whoever asks first.
     home: Option<Handle>,
 }
@@ -125,7 +201,10 @@ impl Places {
         let caller = request.caller();
         if is_told(&request) {
             return match self.places.find(caller) {
-                Some(place) => place.call(request, connect).await,
+                Some(crowd) => {
+                    let (place, _) = crowd.place(false, || self.make(Arc::new(Owner::of(caller))));
+                    place.call(request, connect).await
+                }
                 None => Ok(McpResponse::raw("{}")),
             };
         }
@@ -135,14 +214,26 @@ impl Places {
         if request.extensions().get::<Unsolicited>().is_some() {
             return Ok(McpResponse::new(Payload::Stream(owner.listen())));
         }
-        let place = self.places.get(caller, || {
-            let _there = self.home.as_ref().map(Handle::enter);
-            Place::within(&self.upstream, owner, self.limit)
-        });
-        match place {
-            Some(place) => place.call(request, connect).await,
-            None => Err(Overloaded { limit: self.most }.into()),
-        }
+        let Some(crowd) = self.places.get(caller, Crowd::default) else {
+            return Err(Overloaded { limit: self.most }.into());
+        };
+        let (place, taken) = crowd.place(wants_to_be_alone(&request), || self.make(owner));
+        // A subscription causes nothing that its own frames do not name.
+        let taken = (*request.method() != Method::Listen).then_some(taken);
+        let response = place.call(request, connect).await?;
+        Ok(match response.payload() {
+            // The crowd stays as long as anything comes of it, and the place is taken.
+            Payload::Stream(_) => response.map_final(move |payload| {
+                let _until_the_end = (&crowd, &taken);
+                payload
+            }),
+            _ => response,
+        })
+    }
+
+    fn make(&self, owner: Arc<Owner>) -> Place {
+        let _there = self.home.as_ref().map(Handle::enter);
+        Place::within(&self.upstream, owner, self.limit)
     }
 
     /// How many there are.

@@ -1,5 +1,5 @@
 // What the JavaScript clients play against upstreams of either era: every kind of feature, by each upstream.
-// `eras.py` is its twin. INTEROP_ERAS maps the upstreams to their eras; an upstream's name is also the scheme of its
+// `eras.py` is its twin. INTEROP_ERAS maps the upstreams to their eras, INTEROP_FEATURES to what is played; an upstream's name is also the scheme of its
 // resources. Prints `ok CLIENT UPSTREAM FEATURE`, or `not ok` with the reason.
 
 import assert from "node:assert/strict";
@@ -15,6 +15,7 @@ const STEPS = ["Tool execution started", "Tool processing data", "Tool execution
 
 export async function play(label, url, expected, connect) {
   const upstreams = JSON.parse(process.env.INTEROP_ERAS);
+  const played = JSON.parse(process.env.INTEROP_FEATURES);
   const scene = { legacy: expected < "2026", asked: [], secret: "" };
   let broken;
   try {
@@ -28,6 +29,7 @@ export async function play(label, url, expected, connect) {
   for (const [upstream, era] of Object.entries(upstreams)) {
     Object.assign(scene, { upstream, upstreamLegacy: era === "legacy" });
     for (const [feature, check] of Object.entries(features)) {
+      if (!played[upstream].includes(feature)) continue;
       // Whatever is asked during a check must concern it; its answer carries this.
       scene.secret = randomUUID();
       scene.asked.length = 0;
