@@ -5,7 +5,7 @@
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -22,7 +22,7 @@ use tokio::{
 use tower::Service;
 
 use super::{
-    HANDSHAKE, MESSAGE_LIMIT, Spec,
+    MESSAGE_LIMIT, Spec,
     legacy::MOST_SESSIONS,
     sse::Events,
     wire::{Answer, Wire, post_headers, same_origin},
@@ -31,9 +31,11 @@ use crate::{
     BoxError,
     error::{Fault, UpstreamError},
     protocol::{Era, McpRequest, McpResponse, Message, Method, ServerName},
-    upstream::lines::{self, Lines, Owner, Places, Surroundings},
+    upstream::lines::{self, Lines, Owner, Places, Surroundings, Unopened},
 };
 
+/// A server may have to be asked twice.
+const CONNECT: Duration = Duration::from_secs(30);
 /// How much may wait in the pipe.
 const PIPE: usize = 64 * 1024;
 /// How many POSTs may be open. Further messages wait in the pipe.
@@ -53,6 +55,8 @@ pub struct SseUpstream {
     spec: Spec,
     wire: Arc<Wire>,
     sessions: Arc<Places>,
+    /// What the last connection spoke.
+    era: Arc<Mutex<Option<Era>>>,
 }
 
 impl SseUpstream {
@@ -60,8 +64,8 @@ impl SseUpstream {
     /// request.
     pub fn new(name: ServerName, url: impl Into<String>) -> Self {
         let wire = Arc::new(Wire::new(name.clone(), MESSAGE_LIMIT));
-        let sessions = Arc::new(Places::new(name.clone(), MOST_SESSIONS, HANDSHAKE));
-        SseUpstream { name, spec: Spec::new(url.into()), wire, sessions }
+        let sessions = Arc::new(Places::new(name.clone(), MOST_SESSIONS, CONNECT));
+        SseUpstream { name, spec: Spec::new(url.into()), wire, sessions, era: Arc::default() }
     }
 
     /// Adds a header to every request. The value may hold `${VAR}` references.
@@ -71,7 +75,34 @@ impl SseUpstream {
         self
     }
 
+    /// Most servers behind this transport are as old as it is, and some that are not speak of the modern era over it,
+    /// too: each is asked once, as a program on stdio is.
     async fn connect(self, owner: Arc<Owner>) -> Result<Lines, UpstreamError> {
+        let known = *self.lock_era();
+        let opened = match self.open(known, &owner).await {
+            Err(Unopened { probed: true, error }) => {
+                tracing::debug!(upstream = %self.name, %error, "connecting again without asking for the era");
+                self.open(Some(Era::Legacy), &owner).await
+            }
+            outcome => outcome,
+        };
+        let outcome = opened.map_err(|unopened| unopened.error);
+        *self.lock_era() = outcome.as_ref().ok().map(Lines::era);
+        outcome
+    }
+
+    fn lock_era(&self) -> MutexGuard<'_, Option<Era>> {
+        self.era.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn open(&self, known: Option<Era>, owner: &Arc<Owner>) -> Result<Lines, Unopened> {
+        let (wire, pumping) = self.start().await.map_err(|error| Unopened { error, probed: false })?;
+        let opened = lines::open(&wire, known, owner).await?;
+        Ok(Lines::new(wire, opened, pumping))
+    }
+
+    /// Opens the stream, and begins to read and write.
+    async fn start(&self) -> Result<(lines::Wire, AbortOnDrop), UpstreamError> {
         let (uri, headers) = self.spec.resolve().map_err(|e| self.wire.error(Fault::Misconfigured, e))?;
         let mut get = headers.clone();
         get.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
@@ -98,10 +129,7 @@ impl SseUpstream {
             closing: Box::pin(std::future::pending()),
         };
         let (read, write) = tokio::io::split(ours);
-        let wire = lines::Wire::start(&self.name, read, write, around);
-        let opened =
-            lines::open(&wire, Some(Era::Legacy), &owner).await.map_err(|unopened| unopened.error)?;
-        Ok(Lines::new(wire, opened, pumping))
+        Ok((lines::Wire::start(&self.name, read, write, around), pumping))
     }
 }
 

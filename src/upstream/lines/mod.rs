@@ -88,6 +88,12 @@ impl Lines {
         }
     }
 
+    /// What the other side speaks.
+    #[cfg(feature = "client")]
+    pub(crate) fn era(&self) -> crate::protocol::Era {
+        self.opened.era()
+    }
+
     /// Whether no cancelled call may still have something to say.
     #[cfg(feature = "client")]
     fn is_quiet(&self) -> bool {

@@ -7,6 +7,7 @@
 //! `session` is what is sent, `reader` what comes back for one request, `stray` what comes for none, and `questions`
 //! what the server asks on either.
 
+mod late;
 mod overhear;
 mod questions;
 mod reader;

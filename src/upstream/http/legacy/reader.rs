@@ -76,7 +76,15 @@ impl Reader {
         let session = self.session.clone();
         let wire = &session.way.wire;
         loop {
-            let event = self.event().await?;
+            let id = self.id.clone();
+            let event = tokio::select! {
+                biased;
+                event = self.event() => event?,
+                late = session.late.answer(&id) => {
+                    self.disarm();
+                    return Ok(Frame::Final(late));
+                }
+            };
             match Message::parse_response(event.data.clone(), &self.id) {
                 Ok(Message::Notification { method, params }) => match method {
                     method if is_list_change(&method) || method == Method::ResourceUpdated => {

@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use super::{
-    Refusal, briefly, client_of, is_about_us, overhear::UnderWay, questions::MOST_QUESTIONS, reader::Reader,
-    stray::Stray,
+    Refusal, briefly, client_of, is_about_us, late::Late, overhear::UnderWay, questions::MOST_QUESTIONS,
+    reader::Reader, stray::Stray,
 };
 use crate::{
     error::{Fault, UpstreamError},
@@ -56,6 +56,7 @@ pub(super) struct Session {
     /// Becomes true when the server has opened the stream for unsolicited messages, or has said that it will not.
     pub(super) stream_settled: watch::Sender<bool>,
     pub(super) under_way: Arc<UnderWay>,
+    pub(super) late: Late,
     /// The level last set with `logging/setLevel`.
     log_level: Mutex<Option<Bytes>>,
     /// How many streams want updates of a resource.
@@ -174,6 +175,7 @@ impl Session {
             listening: AtomicBool::new(false),
             stream_settled: watch::Sender::new(false),
             under_way: Arc::default(),
+            late: Late::default(),
             log_level: Mutex::default(),
             subscribed: Mutex::default(),
             questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
@@ -194,7 +196,9 @@ impl Session {
         params: Params,
     ) -> Result<McpResponse, Refusal> {
         if self.stray.is_heard() {
+            // Open before the request goes out: what that causes may come there, and a server does not say it twice.
             self.start_listening();
+            self.stream_is_settled().await;
         }
         self.follow_log_level(request).await;
         let client = &request.caller().client;

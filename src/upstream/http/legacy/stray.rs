@@ -195,6 +195,7 @@ impl Session {
                     None => self.stray.ask(question),
                 }
             }
+            Ok(Message::Response { id: Some(id), payload }) => self.late.put(id, payload),
             Ok(Message::Response { .. }) | Err(_) => {}
         }
     }
