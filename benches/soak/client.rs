@@ -389,7 +389,9 @@ impl Reply {
         match self.events {
             false => vec![read(&self.body)],
             true => {
-                self.body.split(|b| *b == b'\n').filter_map(|l| l.strip_prefix(b"data: ")).map(read).collect()
+                let data = self.body.split(|b| *b == b'\n').filter_map(|l| l.strip_prefix(b"data: "));
+                // The first event of a legacy stream has an id and nothing to say.
+                data.filter(|data| !data.is_empty()).map(read).collect()
             }
         }
     }

@@ -29,6 +29,8 @@ use crate::{
 
 /// A person may think this long over one question.
 const WAIT: Duration = Duration::from_secs(10 * 60);
+/// Questions of one round; the others wait for the next.
+const AT_ONCE: usize = 16;
 /// Each holds an answer that is not read to its end.
 const MOST: usize = 4096;
 
@@ -300,6 +302,9 @@ impl Watched {
             match self.asked.caller.client.can_answer(&request.method, &request.params) {
                 Ok(()) => questions.push(Question::new(questions.len() + 1, request)),
                 Err(error) => request.reply.refuse(error),
+            }
+            if questions.len() == AT_ONCE {
+                break;
             }
             match self.rest.frames.next().now_or_never() {
                 Some(Some(Ok(Frame::Request(next)))) => request = next,

@@ -9,8 +9,8 @@ use crate::protocol::{
     Method, Params, Payload, Reply, RequestId, RpcError, ServerRequest, code, sign_question,
 };
 
-/// Questions of one session that are not answered yet.
-pub(super) const MOST_QUESTIONS: usize = 64;
+/// Questions of one session that are not answered yet: as many as calls may be parked, for clients share sessions.
+pub(super) const MOST_QUESTIONS: usize = 4096;
 /// A person may think this long over one.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10 * 60);
 

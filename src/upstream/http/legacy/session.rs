@@ -321,6 +321,9 @@ impl Session {
 
     /// Waits until the stream for unsolicited messages is open, or will not be.
     pub(super) async fn stream_is_settled(&self) {
+        if *self.stream_settled.borrow() {
+            return;
+        }
         let mut settled = self.stream_settled.subscribe();
         if tokio::time::timeout(OPEN_WITHIN, settled.wait_for(|settled| *settled)).await.is_err() {
             self.stream_settled.send_replace(true);
