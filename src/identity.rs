@@ -117,8 +117,9 @@ impl Client {
         }
     }
 
-    /// Whether it wants less severe log notifications than `level`, or there is no level yet.
-    pub(crate) fn wants_more_than(&self, level: Option<&Bytes>) -> bool {
+    /// Whether it wants less severe log notifications than `level`, or there is no level yet. For upstream clients that
+    /// share a session among several: the level of that is the least severe that anyone wants.
+    pub fn wants_more_than(&self, level: Option<&Bytes>) -> bool {
         match (&self.log_level, level) {
             (None, _) => false,
             (Some(_), None) => true,

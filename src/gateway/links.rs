@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     layers::AccessRules,
-    protocol::{Method, Payload, RawObject, ServerName, Target},
+    protocol::{Method, Payload, RawObject, RpcError, ServerName, Target, code},
 };
 
 /// Whose answer it is, and how its URIs are spelled.
@@ -116,9 +116,14 @@ impl Links<'_> {
 
 /// What of a directory may be seen. It comes with the URIs that clients know.
 pub(super) fn visible_entries(view: &View, rules: &AccessRules, payload: Payload) -> Payload {
-    let Some(mut result) = payload.to_object() else { return payload };
+    if matches!(payload, Payload::Error(_)) {
+        return payload;
+    }
+    let unreadable = || Payload::Error(RpcError::new(code::BAD_UPSTREAM, "a directory that cannot be read"));
+    let Some(mut result) = payload.to_object() else { return unreadable() };
     let entries = result.get_bytes("resources").unwrap_or_default();
-    let Ok(entries) = serde_json::from_slice::<Vec<&RawValue>>(&entries) else { return payload };
+    // What cannot be judged is not shown.
+    let Ok(entries) = serde_json::from_slice::<Vec<&RawValue>>(&entries) else { return unreadable() };
     let shown = |entry: &&&RawValue| {
         let uri = RawObject::parse(Bytes::copy_from_slice(entry.get().as_bytes())).ok();
         let uri = uri.and_then(|entry| Some(entry.get_string("uri")?.into_owned()));

@@ -26,6 +26,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// An upstream that does not even acknowledge a subscription has none.
 const LISTEN_WITHIN: Duration = Duration::from_secs(5);
+/// Changes that come sooner after a listing than this may come of it.
+const SOON: Duration = Duration::from_secs(2);
 /// Several changes in a row are one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 
@@ -76,8 +78,9 @@ impl fmt::Display for StatusKind {
 
 /// Runs until it is aborted: when the upstream is removed or replaced, or the gateway is gone.
 pub(super) async fn run(shared: Weak<Shared>, upstream: Arc<Upstream>) {
-    let mut wait = FIRST_WAIT;
+    let (mut wait, mut pause) = (FIRST_WAIT, Duration::ZERO);
     loop {
+        let listed = Instant::now();
         let outcome = match list_and_listen(&shared, &upstream).await {
             Ok(changes) => {
                 let Some(every) = shared.upgrade().map(|s| s.refresh_every) else { return };
@@ -92,7 +95,16 @@ pub(super) async fn run(shared: Weak<Shared>, upstream: Arc<Upstream>) {
             }
         };
         match outcome {
-            Next::List => wait = FIRST_WAIT,
+            Next::List => {
+                wait = FIRST_WAIT;
+                // One that changes whenever it is listed is not listed all the time.
+                pause = if listed.elapsed() < SOON {
+                    (pause * 2).clamp(DEBOUNCE, LONGEST_WAIT)
+                } else {
+                    Duration::ZERO
+                };
+                let _ = tokio::time::timeout(pause, upstream.refresh.notified()).await;
+            }
             Next::Wait => {
                 // The one who asks does not wait.
                 let _ = tokio::time::timeout(wait, upstream.refresh.notified()).await;
@@ -145,10 +157,14 @@ fn adopt(shared: &Shared, upstream: &Arc<Upstream>, catalog: Catalog) {
     let was_up = upstream.status.borrow().kind == StatusKind::Up;
     let changed = *upstream.catalog.load_full() != catalog;
     if changed {
+        let upstreams = shared.lock();
+        if !upstreams.iter().any(|current| Arc::ptr_eq(current, upstream)) {
+            // It was removed or replaced meanwhile, and this is nobody's catalog any more.
+            return;
+        }
         if let Some(store) = &shared.store {
             store.save(&upstream.name, &catalog.to_record());
         }
-        let upstreams = shared.lock();
         upstream.catalog.store(Arc::new(catalog));
         shared.publish(&upstreams);
     }

@@ -18,6 +18,7 @@ use serde_json::{json, value::RawValue};
 use super::{Catalog, view};
 use crate::{
     layers::Route,
+    layers::decoded,
     protocol::{Item, ItemKind, RawObject, ServerName},
 };
 
@@ -197,8 +198,11 @@ impl Uris {
     /// A URI nobody lists: it may be a skill's file, be what a tool points to, be spelled for one server, fit a
     /// template, or be of the family of what one upstream alone lists. Servers hand out such URIs in their results.
     fn unlisted(&self, uri: &str) -> Option<Route> {
-        // Rules are about names as they are written, and `/a/../b` is another way to write `/b`.
-        if uri.split(['/', '?', '#']).any(is_dots) {
+        // Rules are about names as they are written. `/a/../b` is another way to write `/b`, and what needs no encoding is
+        // encoded to slip through (RFC 3986, 6.2.2.2).
+        let plain = decoded(uri);
+        let plain = plain.as_deref().unwrap_or(uri);
+        if plain.split(['/', '\\', '?', '#']).any(|s| matches!(s, "." | "..")) || encodes_unreserved(uri) {
             return None;
         }
         if let Some((root, skill)) = self.skills_around(uri).next() {
@@ -276,10 +280,12 @@ fn skill_root(uri: &str) -> Option<&str> {
     (!name.is_empty() && !name.contains(':')).then_some(root)
 }
 
-/// `.` and `..`, also as they are written to slip through.
-fn is_dots(segment: &str) -> bool {
-    let plain = segment.replace("%2e", ".").replace("%2E", ".");
-    matches!(&*plain, "." | "..")
+/// Whether something is percent-encoded that means the same as it is.
+fn encodes_unreserved(uri: &str) -> bool {
+    uri.match_indices('%').any(|(at, _)| {
+        let byte = uri.get(at + 1..at + 3).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte))
+    })
 }
 
 /// `uri` and the files of a skill's entry, respelled where `spell` says so.

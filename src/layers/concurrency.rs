@@ -12,7 +12,7 @@ use tower::{Layer, Service};
 use crate::{
     BoxError, McpService,
     error::Overloaded,
-    protocol::{McpRequest, McpResponse, Method, Payload},
+    protocol::{Frame, McpRequest, McpResponse, Method, Payload},
 };
 
 /// A cap with load shed: a request beyond it fails with [`Overloaded`], and none ever waits in a queue that
@@ -78,8 +78,12 @@ impl<S: McpService> Service<McpRequest> for Concurrency<S> {
 fn hold(response: McpResponse, permit: Option<OwnedSemaphorePermit>) -> McpResponse {
     match response.into_parts() {
         (Payload::Stream(frames), extensions) => {
-            let frames = frames.inspect(move |_| {
-                let _held = &permit;
+            let mut permit = permit;
+            let frames = frames.inspect(move |frame| {
+                if !matches!(frame, Ok(Frame::Notification(_) | Frame::Request(_))) {
+                    // The call is over, whenever its client reads that.
+                    permit.take();
+                }
             });
             McpResponse::from_parts(Payload::Stream(Box::pin(frames)), extensions)
         }
@@ -90,7 +94,7 @@ fn hold(response: McpResponse, permit: Option<OwnedSemaphorePermit>) -> McpRespo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{protocol::Frame, testing};
+    use crate::testing;
 
     #[tokio::test]
     async fn one_too_many_is_refused_and_a_finished_one_makes_room() {

@@ -29,6 +29,7 @@ pub mod rescue;
 mod timeout;
 mod trace;
 
+pub(crate) use access::decoded;
 pub use access::{AccessLayer, AccessRules, Directory, InForce, Route, TaskRoute};
 pub use concurrency::{Concurrency, ConcurrencyLayer};
 pub use from_fn::{FromFn, FromFnLayer, Next, from_fn};

@@ -169,7 +169,13 @@ impl Streams {
         }
         track.taken = taken;
         track.unread_bytes = track.events.iter().skip(taken).map(|event| event.size).sum();
-        Ok(self.attach(state, id.track, false))
+        let blocked = std::mem::take(&mut track.blocked);
+        let reader = self.attach(state, id.track, false);
+        if blocked {
+            // There may be room now; whoever finds none waits again.
+            self.room.notify_waiters();
+        }
+        Ok(reader)
     }
 
     fn attach(self: &Arc<Self>, mut state: MutexGuard<'_, State>, track: u64, primed: bool) -> Reader {

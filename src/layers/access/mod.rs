@@ -22,6 +22,7 @@ mod watch;
 use std::sync::Arc;
 
 pub use layer::{Access, AccessFuture, AccessLayer};
+pub(crate) use rules::decoded;
 pub use rules::{AccessRules, InvalidGlob};
 
 pub use crate::protocol::Route;

@@ -77,16 +77,32 @@ impl AccessRules {
         let Some(rules) = self.servers.get(&route.server) else { return true };
         let names = [Some(&*route.own), Some(exposed), route.template.as_deref()];
         let matches = |globs: &Globs| names.iter().flatten().any(|name| globs.is_match(name));
-        // What nobody lists is as the client spells it, and `%73ecret` is another way to write `secret`.
-        let decoded = if route.definition.is_none() { decoded(&route.own) } else { None };
+        // What nobody lists is as the client spells it.
+        let spelled = |name: &str| spellings(name).any(|name| rules.deny.is_match(&name));
         !matches(&rules.deny)
-            && !decoded.is_some_and(|name| rules.deny.is_match(&name))
+            && (route.definition.is_some() || !spelled(&route.own))
             && rules.allow.as_ref().is_none_or(matches)
     }
 }
 
+/// Other ways to write a URI, for all an upstream may know: decoded, without query and fragment, and with every slash
+/// once.
+fn spellings(uri: &str) -> impl Iterator<Item = String> {
+    let plain = decoded(uri).unwrap_or_else(|| uri.to_owned());
+    let bare = plain.split(['?', '#']).next().unwrap_or_default().to_owned();
+    let (scheme, path) = bare.split_once("://").unwrap_or(("", &bare));
+    let rooted = path.starts_with('/');
+    let path = path.split('/').filter(|segment| !segment.is_empty()).collect::<Vec<_>>().join("/");
+    let once = match (scheme, rooted) {
+        ("", _) => path,
+        (scheme, true) => format!("{scheme}:///{path}"),
+        (scheme, false) => format!("{scheme}://{path}"),
+    };
+    [plain, bare, once].into_iter()
+}
+
 /// Without percent encoding. `None` when there is none.
-fn decoded(uri: &str) -> Option<String> {
+pub(crate) fn decoded(uri: &str) -> Option<String> {
     uri.contains('%').then(|| {
         let (mut out, mut rest) = (Vec::with_capacity(uri.len()), uri.as_bytes());
         while let Some((first, after)) = rest.split_first() {

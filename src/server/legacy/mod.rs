@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{
     FutureExt as _, StreamExt as _,
-    future::{AbortHandle, BoxFuture, abortable},
+    future::{AbortHandle, Aborted, BoxFuture, abortable},
 };
 use serde_json::{Value, json};
 
@@ -206,13 +206,13 @@ impl Drop for Finish {
     }
 }
 
-type Running<T> = BoxFuture<'static, T>;
+type Outcome = Result<McpResponse, Aborted>;
 
 /// A call that runs on by itself when nobody waits for it any more.
-struct RunOn<T: Send + 'static>(Option<(Running<T>, Finish)>);
+struct RunOn(Option<(BoxFuture<'static, Outcome>, Finish)>);
 
-impl<T: Send + 'static> Future for RunOn<T> {
-    type Output = Option<(T, Finish)>;
+impl Future for RunOn {
+    type Output = Option<(Outcome, Finish)>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Some((running, _)) = &mut self.0 else { return Poll::Ready(None) };
@@ -226,14 +226,19 @@ impl<T: Send + 'static> Future for RunOn<T> {
     }
 }
 
-impl<T: Send + 'static> Drop for RunOn<T> {
+impl Drop for RunOn {
     fn drop(&mut self) {
         let (Some((running, finish)), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current())
         else {
             return;
         };
         runtime.spawn(async move {
-            drop(running.await);
+            if let Ok(response) = running.await {
+                // To its end: dropped before that, it would be cancelled upstream. The client still can.
+                let (rest, cancel) = abortable(response.into_payload().settle());
+                finish.session.goes_on(&finish.id, finish.number, cancel);
+                drop(rest.await);
+            }
             drop(finish);
         });
     }
@@ -270,6 +275,9 @@ async fn subscribe<S: McpService>(service: S, session: &Arc<Session>, params: &P
         return Payload::Error(RpcError::new(code::INVALID_PARAMS, "`uri` is missing or no string"));
     };
     let uri = uri.into_owned();
+    if !session.may_subscribe(&uri) {
+        return Payload::Error(RpcError::new(code::OVERLOADED, "too many resources are subscribed to"));
+    }
     let request = listen_request(session, json!({ "resourceSubscriptions": [uri] }));
     let mut frames = match call(service, request).await.into_payload() {
         Payload::Stream(frames) => frames,

@@ -26,6 +26,8 @@ use crate::{
 const MOST_ASKED: usize = 64;
 /// The same for those that belong to no call: nobody takes them back, so a newer one takes the place of the oldest.
 const MOST_UNRELATED: usize = 16;
+/// Each is a subscription upstream, too.
+const MOST_SUBSCRIPTIONS: usize = 1024;
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// All sessions of one door.
@@ -131,7 +133,7 @@ pub(in crate::server) fn new_id() -> Arc<str> {
 
 /// Ends the sessions that nobody has used for a while.
 async fn sweep(all: std::sync::Weak<Mutex<HashMap<Arc<str>, Arc<Session>>>>, idle: Duration) {
-    let mut tick = tokio::time::interval(SWEEP_EVERY.min(idle));
+    let mut tick = tokio::time::interval(SWEEP_EVERY.min(idle).max(Duration::from_millis(100)));
     loop {
         tick.tick().await;
         let Some(all) = all.upgrade() else { return };
@@ -289,6 +291,13 @@ impl Session {
     /// Whether something feeds this subject already.
     pub(in crate::server) fn is_subscribed(&self, subject: &Option<String>) -> bool {
         self.state().subscriptions.contains_key(subject)
+    }
+
+    /// Whether there is room for updates of one more resource.
+    pub(in crate::server) fn may_subscribe(&self, uri: &str) -> bool {
+        let state = self.state();
+        state.subscriptions.len() < MOST_SUBSCRIPTIONS
+            || state.subscriptions.contains_key(&Some(uri.to_owned()))
     }
 
     pub(in crate::server) fn subscribe(&self, subject: Option<String>, task: AbortHandle) {

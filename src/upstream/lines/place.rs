@@ -8,6 +8,8 @@ use std::{
 };
 
 #[cfg(feature = "client")]
+use futures_util::StreamExt as _;
+#[cfg(feature = "client")]
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -121,6 +123,11 @@ const MOST_SHARED: usize = 8;
 
 #[cfg(feature = "client")]
 impl Crowd {
+    /// A place, if there is one.
+    fn first(&self) -> Option<Arc<Place>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
+    }
+
     /// A place for one call, and that it is taken.
     fn place(&self, alone: bool, make: impl FnOnce() -> Place) -> (Arc<Place>, Taken) {
         let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,6 +182,8 @@ pub(crate) struct Places {
     places: Slots<Crowd>,
     /// Where connections live, whoever asks first.
     home: Option<Handle>,
+    /// Dropped with the places: subscriptions must not keep an upstream that was removed.
+    there: watch::Sender<()>,
 }
 
 /// Owners of places at one upstream. The door allows no more clients than this.
@@ -186,7 +195,8 @@ impl Places {
     /// At most so many, each of whose attempts to connect may take so long.
     pub(crate) fn new(upstream: ServerName, most: usize, limit: Duration) -> Self {
         let (owners, places) = (Slots::new(MOST_OWNERS), Slots::new(most));
-        Places { upstream, limit, most, owners, places, home: Handle::try_current().ok() }
+        let there = watch::Sender::new(());
+        Places { upstream, limit, most, owners, places, home: Handle::try_current().ok(), there }
     }
 
     /// Answers over the caller's own connection.
@@ -200,11 +210,8 @@ impl Places {
     {
         let caller = request.caller();
         if is_told(&request) {
-            return match self.places.find(caller) {
-                Some(crowd) => {
-                    let (place, _) = crowd.place(false, || self.make(Arc::new(Owner::of(caller))));
-                    place.call(request, connect).await
-                }
+            return match self.places.find(caller).and_then(|crowd| crowd.first()) {
+                Some(place) => place.call(request, connect).await,
                 None => Ok(McpResponse::raw("{}")),
             };
         }
@@ -219,8 +226,17 @@ impl Places {
         };
         let (place, taken) = crowd.place(wants_to_be_alone(&request), || self.make(owner));
         // A subscription causes nothing that its own frames do not name.
-        let taken = (*request.method() != Method::Listen).then_some(taken);
+        let is_call = *request.method() != Method::Listen;
+        let taken = is_call.then_some(taken);
+        let mut there = self.there.subscribe();
         let response = place.call(request, connect).await?;
+        let response = match response.into_parts() {
+            (Payload::Stream(frames), extensions) if !is_call => {
+                let gone = async move { drop(there.changed().await) };
+                McpResponse::from_parts(Payload::Stream(Box::pin(frames.take_until(gone))), extensions)
+            }
+            (payload, extensions) => McpResponse::from_parts(payload, extensions),
+        };
         Ok(match response.payload() {
             // The crowd stays as long as anything comes of it, and the place is taken.
             Payload::Stream(_) => response.map_final(move |payload| {

@@ -287,7 +287,11 @@ async fn pursue(calls: Arc<Calls>, owner: Arc<Owner>, question: Question, first:
         Some(answer) => answer,
         None => Err(RpcError::new(code::INTERNAL_ERROR, "the answer is none")),
     };
-    calls.reply(&question.id, answer).await;
+    match answer {
+        Ok(_) => calls.reply(&question.id, answer).await,
+        // A peer that asks without reading gets no refusals, and holds nothing here.
+        Err(_) => calls.reply_now(&question.id, answer),
+    }
 }
 
 /// The answer. `None` when none is wanted any more.

@@ -256,7 +256,7 @@ async fn a_redirect_elsewhere_from_the_beginning() {
 
 fn notice(text: &str) -> String {
     let params = json!({ "level": "info", "data": text });
-    json!({ "jsonrpc": "2.0", "method": "notifications/message", "params": params }).to_string()
+    json!({ "jsonrpc": "2.0", "method": "notifications/vendor", "params": params }).to_string()
 }
 
 /// A client that reads them gets them, until the time is up.

@@ -163,7 +163,7 @@ async fn a_line_of_256_mib() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_cut_short() {
-    each("cut short", r#"printf '{"jsonrpc":"2.0","id":%s,"resu' "$id"; exit 3"#, "bad_upstream").await;
+    each("cut short", r#"printf '{"jsonrpc":"2.0","id":%s,"resu' "$id"; exit 3"#, "unavailable").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,10 +5,13 @@
 //! no doubt: on a session of one client any of its calls leads to that client, on a shared one only the only call
 //! under way does.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{Refusal, session::Session};
 use crate::{
@@ -19,6 +22,8 @@ use crate::{
 
 /// What waits for a call to be read; more is lost, and a question refused.
 const UNREAD: usize = 16;
+/// A server may be busy so long with a call that was given up.
+const HAUNTS_FOR: Duration = Duration::from_secs(60);
 
 /// The calls of a session that are under way.
 #[derive(Default)]
@@ -31,20 +36,23 @@ struct State {
     /// The newest last.
     overhearing: Vec<(u64, bool, mpsc::Sender<Frame>)>,
     next: u64,
+    /// Until then a call that was given up may still have something to say.
+    haunted_until: Option<Instant>,
 }
 
 impl UnderWay {
     /// A call has begun. It is over when what is returned is dropped.
     pub(super) fn enter(self: &Arc<Self>) -> Entered {
         self.lock().all += 1;
-        Entered { under_way: self.clone(), number: None }
+        Entered { under_way: self.clone(), number: None, over: false }
     }
 
     /// The call that a stray frame can only belong to, or only lead to the right client through.
     pub(super) fn whose(&self) -> Option<mpsc::Sender<Frame>> {
         let state = self.lock();
         let (_, own, call) = state.overhearing.last()?;
-        (*own || state.all == 1).then(|| call.clone())
+        let haunted = state.haunted_until.is_some_and(|until| until > Instant::now());
+        (*own || (state.all == 1 && !haunted)).then(|| call.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -56,9 +64,15 @@ impl UnderWay {
 pub(super) struct Entered {
     under_way: Arc<UnderWay>,
     number: Option<u64>,
+    over: bool,
 }
 
 impl Entered {
+    /// It is over for the server, too: it has answered, or never began.
+    pub(super) fn end(&mut self) {
+        self.over = true;
+    }
+
     fn overhear(&mut self, own: bool) -> mpsc::Receiver<Frame> {
         let (sender, receiver) = mpsc::channel(UNREAD);
         let mut state = self.under_way.lock();
@@ -74,6 +88,9 @@ impl Drop for Entered {
     fn drop(&mut self) {
         let mut state = self.under_way.lock();
         state.all -= 1;
+        if !self.over {
+            state.haunted_until = Some(Instant::now() + HAUNTS_FOR);
+        }
         if let Some(number) = self.number {
             state.overhearing.retain(|(n, ..)| *n != number);
         }
@@ -98,18 +115,24 @@ impl Session {
         tokio::select! {
             biased;
             Some(first) = strays.recv() => {
-                let rest = Overheard { strays, answer: Answer::Coming(answer), _entered: entered };
+                let rest = Overheard { strays, answer: Answer::Coming(answer), entered };
                 let frames = stream::iter([Ok(first)]).chain(rest.into_frames());
                 Ok(McpResponse::new(Payload::Stream(Box::pin(frames))))
             }
             answered = &mut answer => {
+                if answered.as_ref().is_err_and(Refusal::is_unprocessed) {
+                    entered.end();
+                }
                 let (payload, extensions) = answered?.into_parts();
                 let payload = match payload {
                     Payload::Stream(frames) => {
-                        let rest = Overheard { strays, answer: Answer::Frames(frames), _entered: entered };
+                        let rest = Overheard { strays, answer: Answer::Frames(frames), entered };
                         Payload::Stream(Box::pin(rest.into_frames()))
                     }
-                    payload => payload,
+                    payload => {
+                        entered.end();
+                        payload
+                    }
                 };
                 Ok(McpResponse::from_parts(payload, extensions))
             }
@@ -121,7 +144,7 @@ impl Session {
 struct Overheard {
     strays: mpsc::Receiver<Frame>,
     answer: Answer,
-    _entered: Entered,
+    entered: Entered,
 }
 
 enum Answer {
@@ -134,6 +157,9 @@ impl Overheard {
         stream::unfold(Some(self), |overheard| async {
             let mut overheard = overheard?;
             let frame = overheard.next().await?;
+            if matches!(frame, Ok(Frame::Final(_))) {
+                overheard.entered.end();
+            }
             let more = matches!(frame, Ok(Frame::Notification(_) | Frame::Request(_)));
             Some((frame, more.then_some(overheard)))
         })

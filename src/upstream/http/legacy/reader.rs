@@ -96,6 +96,10 @@ impl Reader {
                     self.disarm();
                     return Ok(Frame::Final(payload));
                 }
+                // On a stream that was opened again, it may be what another call waits for.
+                Ok(Message::Response { id: Some(other), payload }) if self.asked_after.is_some() => {
+                    session.late.put(other, payload);
+                }
                 Ok(Message::Response { .. }) => {
                     return Err(wire.error(Fault::Garbled, "an answer to something else"));
                 }

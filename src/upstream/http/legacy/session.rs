@@ -45,6 +45,9 @@ const NO_SESSION: [i64; 2] = [-32000, -32001];
 /// A server that does not say in this time whether it opens the stream for unsolicited messages is not waited for.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
 
+/// A server that hangs on this must not hold up the call.
+const SET_LEVEL_WITHIN: Duration = Duration::from_secs(5);
+
 /// One session.
 pub(super) struct Session {
     pub(super) way: Arc<Way>,
@@ -58,7 +61,7 @@ pub(super) struct Session {
     pub(super) under_way: Arc<UnderWay>,
     pub(super) late: Late,
     /// The level last set with `logging/setLevel`.
-    log_level: Mutex<Option<Bytes>>,
+    log_level: tokio::sync::Mutex<Option<Bytes>>,
     /// How many streams want updates of a resource.
     pub(super) subscribed: Mutex<HashMap<String, usize>>,
     /// Room for questions.
@@ -109,6 +112,7 @@ impl Way {
         }
         match self.wire.send(HttpMethod::GET, &self.uri, headers, Bytes::new()).await {
             Ok(Answer::Events(_, events)) => Ok(events.after(cursor)),
+            Ok(Answer::Refused(StatusCode::NOT_IMPLEMENTED, ..)) => Err(Unopened::NotOffered),
             Ok(Answer::Refused(status, ..)) if status.is_server_error() => Err(Unopened::Failed),
             Ok(Answer::Refused(StatusCode::NOT_FOUND, ..)) => Err(Unopened::Unknown),
             Ok(_) => Err(Unopened::NotOffered),
@@ -176,7 +180,7 @@ impl Session {
             stream_settled: watch::Sender::new(false),
             under_way: Arc::default(),
             late: Late::default(),
-            log_level: Mutex::default(),
+            log_level: tokio::sync::Mutex::default(),
             subscribed: Mutex::default(),
             questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
             ended: watch::Sender::new(false),
@@ -206,14 +210,21 @@ impl Session {
         match client.abilities() != Abilities::default() || (shared && client.log_level.is_some()) {
             true => self.request_overhearing(request, params).await,
             false => {
-                let entered = self.under_way.enter();
-                let response = self.request_plainly(request, params).await?;
+                let mut entered = self.under_way.enter();
+                let outcome = self.request_plainly(request, params).await;
+                if outcome.as_ref().is_err_and(Refusal::is_unprocessed) {
+                    entered.end();
+                }
+                let response = outcome?;
                 Ok(match response.payload() {
                     Payload::Stream(_) => response.map_final(move |payload| {
-                        let _until_the_end = &entered;
+                        entered.end();
                         payload
                     }),
-                    _ => response,
+                    _ => {
+                        entered.end();
+                        response
+                    }
                 })
             }
         }
@@ -351,22 +362,25 @@ impl Session {
         let caller = request.caller();
         let Some(level) = &caller.client.log_level else { return };
         let logs = self.initialized.get_object("capabilities").is_some_and(|c| c.get("logging").is_some());
-        {
-            let mut current = self.log_level.lock().unwrap_or_else(PoisonError::into_inner);
-            let differs = match caller.affinity {
-                Affinity::Session(_) => current.as_ref() != Some(level),
-                Affinity::Shared => caller.client.wants_more_than(current.as_ref()),
-            };
-            if !logs || !differs {
-                return;
-            }
-            *current = Some(level.clone());
+        if !logs {
+            return;
+        }
+        // Held until it is in force: a call that follows counts on it.
+        let mut current = self.log_level.lock().await;
+        let differs = match caller.affinity {
+            Affinity::Session(_) => current.as_ref() != Some(level),
+            Affinity::Shared => caller.client.wants_more_than(current.as_ref()),
+        };
+        if !differs {
+            return;
         }
         let mut params = Params::default();
         params.object_mut().set("level", text(level));
-        if self.ask(&Method::SetLevel, &params).await.is_none() {
+        let set = tokio::time::timeout(SET_LEVEL_WITHIN, self.ask(&Method::SetLevel, &params));
+        if set.await.ok().flatten().is_none() {
             tracing::debug!(upstream = %self.way.wire.upstream(), "the upstream did not take the log level");
         }
+        *current = Some(level.clone());
     }
 }
 

@@ -120,8 +120,10 @@ impl Session {
         self.start_listening();
         let mut guard = Unsubscribe { session: Arc::downgrade(self), uris: Vec::new() };
         for uri in &filter.uris {
-            if self.subscribe(uri).await {
-                guard.uris.push(uri.clone());
+            // The guard has it before the server is asked: whoever waits for that may be dropped.
+            guard.uris.push(uri.clone());
+            if !self.subscribe(uri).await {
+                guard.uris.pop();
             }
         }
         let filter = ListenFilter { uris: guard.uris.clone(), ..filter };
@@ -244,7 +246,8 @@ async fn keep_listening(session: Weak<Session>) {
         }
         tokio::time::sleep(wait).await;
     }
-    if let Some(session) = session.upgrade() {
+    // One that never opened the stream may be well all the same.
+    if let Some(session) = session.upgrade().filter(|_| was_open) {
         session.expire();
     }
 }
