@@ -1,6 +1,12 @@
 //! Clients of the legacy era: sessions, and everything only they have.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use http::Method;
 use portcullis::server::Options;
@@ -232,6 +238,45 @@ async fn nobody_can_cancel_the_call_of_another_session() {
     other.notify("notifications/cancelled", json!({ "requestId": 1 })).await;
     release.notify_one();
     assert_eq!(call.await.expect("no panic").result(), json!({ "content": [] }));
+}
+
+#[tokio::test]
+async fn going_away_before_the_first_word_cancels_nothing_either() {
+    let (go, done) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
+    let (went, told) = (go.clone(), done.clone());
+    let script = Upstream::legacy().tool("t").on("tools/call", move |sent| {
+        let (go, done) = (went.clone(), told.clone());
+        let begun = r#"{"jsonrpc":"2.0","method":"notifications/vendor","params":{}}"#.to_owned();
+        let end = format!(r#"{{"jsonrpc":"2.0","id":{},"result":{{"content":[]}}}}"#, sent.raw("id"));
+        let messages = futures_util::stream::unfold(vec![end, begun], move |mut left| {
+            let (go, done) = (go.clone(), done.clone());
+            async move {
+                match left.len() {
+                    2 => go.notified().await,
+                    0 => {
+                        done.store(true, Ordering::SeqCst);
+                        return None;
+                    }
+                    _ => {}
+                }
+                let message = left.pop()?;
+                Some((message, left))
+            }
+        });
+        async { open_events(messages) }
+    });
+    let upstream = script.start().await;
+    let gateway = Gateway::with([("up", upstream.url())]).start().await;
+    let client = gateway.legacy().await;
+    let call = tokio::spawn(client.request("tools/call", json!({ "name": "up_t" })).send());
+    eventually("it is called", async || upstream.seen_of("tools/call").len() == 1).await;
+    call.abort();
+    let _ = call.await;
+    // The gateway sees that the client is gone before the upstream says its first word.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    go.notify_one();
+    eventually("it came to its end", async || done.load(Ordering::SeqCst)).await;
+    assert!(upstream.seen_of("notifications/cancelled").is_empty());
 }
 
 #[tokio::test]

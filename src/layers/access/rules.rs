@@ -204,8 +204,21 @@ mod tests {
         };
         assert!(!allows("file:///%73ecret/x"));
         assert!(!allows("file:///secret%2fx"));
+        assert!(!allows("file:////secret/x"));
+        assert!(!allows("file:///secret//x?y#z"));
         assert!(allows("file:///open/100%"));
         assert!(allows("file:///open/%zz%é"));
+    }
+
+    #[test]
+    fn neither_query_nor_fragment_make_another_name() {
+        let server: ServerName = "s".parse().unwrap();
+        let mut rules = AccessRules::default();
+        rules.set_server(server.clone(), None, &["demo://secret".to_owned()]).unwrap();
+        for own in ["demo://secret#", "demo://secret?", "demo://secret?a#b", "demo://secret/"] {
+            let route = Route { server: server.clone(), own: own.into(), template: None, definition: None };
+            assert!(!rules.allows_route(&route, own), "{own}");
+        }
     }
 
     #[test]

@@ -196,3 +196,37 @@ impl Overheard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stray_belongs_to_the_only_call_if_no_other_was_given_up() {
+        let under_way = Arc::new(UnderWay::default());
+        let mut first = under_way.enter();
+        let _strays = first.overhear(false);
+        assert!(under_way.whose().is_some());
+        let mut second = under_way.enter();
+        assert!(under_way.whose().is_none(), "it may be the other's");
+        second.end();
+        drop(second);
+        assert!(under_way.whose().is_some());
+        drop(under_way.enter());
+        assert!(under_way.whose().is_none(), "one that was given up may still speak");
+        tokio::time::advance(HAUNTS_FOR).await;
+        assert!(under_way.whose().is_some());
+        first.end();
+        drop(first);
+        assert!(under_way.whose().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn on_a_session_of_one_client_every_call_leads_to_it() {
+        let under_way = Arc::new(UnderWay::default());
+        drop(under_way.enter());
+        let (mut first, mut second) = (under_way.enter(), under_way.enter());
+        let (_a, _b) = (first.overhear(true), second.overhear(true));
+        assert!(under_way.whose().is_some());
+    }
+}
