@@ -65,7 +65,7 @@ struct Shared {
     spec: Spec,
     wire: Arc<Wire>,
     endpoint: Arc<Link<Endpoint>>,
-    sessions: Slots<legacy::Slot>,
+    sessions: Slots<legacy::Crowd>,
 }
 
 /// What the configuration says; references in it are resolved when a connection is made.

@@ -14,7 +14,10 @@ mod reader;
 mod session;
 mod stray;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -24,7 +27,7 @@ use super::{Endpoint, HANDSHAKE, Shared};
 use crate::{
     BoxError,
     error::{Fault, Overloaded, UpstreamError},
-    identity::{Affinity, Caller, Client},
+    identity::{Abilities, Affinity, Caller, Client},
     protocol::{McpRequest, McpResponse, Method, Payload, RawObject, ServerName, Unsolicited},
     upstream::{link::Link, translate},
 };
@@ -38,11 +41,64 @@ const BRIEFLY: Duration = Duration::from_secs(10);
 pub(super) struct Slot {
     link: Arc<Link<Session>>,
     stray: Arc<Stray>,
+    /// One more than calls under way.
+    taken: Arc<()>,
+}
+
+/// The places of one client session, which has one, or of those who share.
+///
+/// What comes on a session's own stream does not say which call it belongs to. So among clients that share, a call
+/// that may cause some gets a session to itself for as long as it is under way, if there is one to have.
+#[derive(Default)]
+pub(super) struct Crowd(Mutex<Vec<Arc<Slot>>>);
+
+/// Sessions of those who share.
+const MOST_SHARED: usize = 8;
+
+impl Crowd {
+    /// A place, if there is one.
+    fn first(&self) -> Option<Arc<Slot>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
+    }
+
+    /// A place for one request, and that it is taken.
+    fn slot(&self, alone: bool, upstream: &ServerName) -> (Arc<Slot>, Arc<()>) {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = match slots.iter().find(|slot| !alone || slot.is_free()) {
+            Some(slot) => slot.clone(),
+            None if slots.is_empty() || (alone && slots.len() < MOST_SHARED) => {
+                slots.push(Arc::new(Slot::new(upstream)));
+                slots[slots.len() - 1].clone()
+            }
+            None => slots.iter().min_by_key(|slot| slot.taken()).expect("there are some").clone(),
+        };
+        let taken = slot.taken.clone();
+        (slot, taken)
+    }
+}
+
+/// Whether a call may cause what only its being alone can attribute.
+fn wants_to_be_alone(request: &McpRequest) -> bool {
+    let Caller { affinity, client, .. } = &**request.caller();
+    let may_cause = client.log_level.is_some() || client.abilities() != Abilities::default();
+    let is_call = !matches!(request.method(), Method::Listen | Method::Discover);
+    matches!(affinity, Affinity::Shared) && is_call && may_cause
 }
 
 impl Slot {
     fn new(upstream: &ServerName) -> Slot {
-        Slot { link: Link::within(upstream.clone(), HANDSHAKE), stray: Arc::default() }
+        let link = Link::within(upstream.clone(), HANDSHAKE);
+        Slot { link, stray: Arc::default(), taken: Arc::default() }
+    }
+
+    /// How many calls are under way.
+    fn taken(&self) -> usize {
+        Arc::strong_count(&self.taken) - 1
+    }
+
+    /// Whether what is said there can only be about a call that begins now.
+    fn is_free(&self) -> bool {
+        self.taken() == 0 && self.link.current().is_none_or(|session| !session.under_way.is_haunted())
     }
 }
 
@@ -80,9 +136,10 @@ pub(super) async fn call(
     }
     let upstream = shared.wire.upstream();
     let params = translate::checked_legacy_params(&request)?;
-    let Some(slot) = shared.sessions.get(request.caller(), || Slot::new(upstream)) else {
+    let Some(crowd) = shared.sessions.get(request.caller(), Crowd::default) else {
         return Err(Overloaded { limit: MOST_SESSIONS }.into());
     };
+    let (slot, taken) = crowd.slot(wants_to_be_alone(&request), upstream);
     if request.extensions().get::<Unsolicited>().is_some() {
         return Ok(unsolicited(&slot, request.caller()));
     }
@@ -112,7 +169,16 @@ pub(super) async fn call(
                 }
                 return Err(error.into());
             }
-            Ok(response) => return Ok(response),
+            Ok(response) => {
+                return Ok(match response.payload() {
+                    // The crowd stays as long as anything comes of it, and the place is taken.
+                    Payload::Stream(_) => response.map_final(move |payload| {
+                        let _until_the_end = (&crowd, &taken);
+                        payload
+                    }),
+                    _ => response,
+                });
+            }
         }
     }
     unreachable!("the second attempt returns")
@@ -120,7 +186,8 @@ pub(super) async fn call(
 
 /// A notification is for a session that is there: to one that begins, nothing has happened yet.
 async fn tell(shared: &Shared, request: &McpRequest) -> Result<McpResponse, BoxError> {
-    let session = shared.sessions.find(request.caller()).and_then(|slot| slot.link.current());
+    let slot = shared.sessions.find(request.caller()).and_then(|crowd| crowd.first());
+    let session = slot.and_then(|slot| slot.link.current());
     if let Some(session) = session {
         match session.notify(request.method(), &translate::legacy_params(request)).await {
             Err(Refusal::Failed(error)) => return Err(error.into()),

@@ -47,6 +47,11 @@ impl UnderWay {
         Entered { under_way: self.clone(), number: None, over: false }
     }
 
+    /// Whether a call that was given up may still have something to say.
+    pub(super) fn is_haunted(&self) -> bool {
+        self.lock().haunted_until.is_some_and(|until| until > Instant::now())
+    }
+
     /// The call that a stray frame can only belong to, or only lead to the right client through.
     pub(super) fn whose(&self) -> Option<mpsc::Sender<Frame>> {
         let state = self.lock();
